@@ -1,0 +1,1 @@
+"""``torch.export`` to :class:`Program`."""

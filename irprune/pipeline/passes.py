@@ -1,0 +1,92 @@
+"""The pass contract: what a pass needs, what it gives, what can be set. Nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from irprune.ir.facts import Fact
+from irprune.ir.program import Program
+
+F = TypeVar("F", bound=Fact)
+
+
+class Facts:
+    """The facts that a pass may read: exactly those it declared."""
+
+    def __init__(self, facts: Iterable[Fact] = (), *, reader: str = "", declared: tuple[type[Fact], ...] | None = None) -> None:
+        self._facts: dict[type[Fact], Fact] = {type(fact): fact for fact in facts}
+        self._reader = reader
+        self._declared = declared
+
+    def __getitem__(self, kind: type[F]) -> F:
+        if self._declared is not None and kind not in self._declared:
+            raise AssertionError(f"pass {self._reader} reads {kind.__name__} without declaring it in 'needs' or 'uses'")
+        fact = self._facts[kind]
+        assert isinstance(fact, kind)
+        return fact
+
+    def get(self, kind: type[F]) -> F | None:
+        """The fact, or ``None`` where it is not there (for kinds declared in ``uses``)."""
+        if self._declared is not None and kind not in self._declared:
+            raise AssertionError(f"pass {self._reader} reads {kind.__name__} without declaring it in 'needs' or 'uses'")
+        fact = self._facts.get(kind)
+        assert fact is None or isinstance(fact, kind)
+        return fact
+
+    def __contains__(self, kind: type[Fact]) -> bool:
+        return kind in self._facts
+
+    def __iter__(self) -> Iterator[Fact]:
+        return iter(self._facts.values())
+
+    def restricted(self, reader: Pass) -> Facts:
+        """The same facts, readable only as the pass declared."""
+        return Facts(self._facts.values(), reader=reader.name, declared=(*reader.needs, *reader.uses))
+
+    def updated(self, facts: Iterable[Fact]) -> Facts:
+        return Facts([*self._facts.values(), *facts])
+
+    def after_change(self) -> Facts:
+        """The facts that still hold when the program has changed."""
+        return Facts(fact for fact in self._facts.values() if fact.lasting)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pass returns: a program (the same one if it only looked) and new facts."""
+
+    program: Program
+    facts: tuple[Fact, ...] = field(default=())
+
+
+class Pass(BaseModel):
+    """One step of the compiler. Its fields are its options, with bounds and help texts.
+
+    A pass never edits its argument, prints, times, saves outside the :class:`Workspace`, or reads
+    the environment or a global seed. Long loops go through :func:`irprune.pipeline.progress.track`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[type[Fact], ...]] = ()
+    uses: ClassVar[tuple[type[Fact], ...]] = ()
+    gives: ClassVar[tuple[type[Fact], ...]] = ()
+
+    def run(self, program: Program, facts: Facts) -> Result:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """The text form: ``name{key=value …}`` with the options that differ from the defaults."""
+        from irprune.pipeline.parser import unparse
+
+        return unparse(self)
+
+
+def options(of: type[Pass]) -> dict[str, Any]:
+    """The option fields of a pass with their pydantic ``FieldInfo``."""
+    return dict(of.model_fields)

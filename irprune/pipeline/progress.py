@@ -1,0 +1,37 @@
+"""Progress of long loops: a pass says what it walks over, an instrument shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+class Reporter(Protocol):
+    """Shows the progress of a loop. ``total`` is ``None`` where it is not known."""
+
+    def track(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]: ...
+
+
+_reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
+
+
+def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Walk over ``items``, shown by the reporter in charge, if there is one."""
+    reporter = _reporter.get()
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    return iter(items) if reporter is None else reporter.track(items, label, total)
+
+
+@contextmanager
+def reporting(reporter: Reporter | None) -> Iterator[None]:
+    """Put a reporter in charge for the duration of a block."""
+    token = _reporter.set(reporter)
+    try:
+        yield
+    finally:
+        _reporter.reset(token)

@@ -1,0 +1,78 @@
+"""Files appear under their name only when whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from irprune.errors import OutputError
+
+# What libraries that write files themselves say where Python would raise OSError.
+_WRITER_FAILURES = ("PytorchStreamWriter", "os error ", "No space left on device", "unexpected pos ")
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file so that it appears under its name only when whole.
+
+    Yields a path with the same file name in a fresh hidden directory next to the target, so the body
+    may also write companions beside it (external data of an ONNX file). When the body ends, everything
+    in there is flushed to disk and renamed into place, the file itself last. When it raises, all of it
+    is removed and what stood under the name before is untouched.
+
+    Raises:
+        OutputError: The body or the renaming failed to write (disk full, no permission …); the error
+            names the path and the cause.
+    """
+    path = Path(path)
+    folder: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        part = folder / path.name
+        yield part
+        written = sorted(folder.iterdir(), key=lambda file: file == part)
+        assert part in written, f"nothing was written for {path}"
+        for file in written:
+            _flush(file)
+        for file in written:
+            os.replace(file, path.parent / file.name)
+    except OSError as error:
+        raise unwritable(path, error.strerror or str(error)) from error
+    except Exception as error:
+        if any(sign in str(error) for sign in _WRITER_FAILURES):
+            raise unwritable(path, str(error).splitlines()[0]) from error
+        raise
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a whole text file, as :func:`atomic` does."""
+    with atomic(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def unwritable(path: str | os.PathLike[str], cause: str) -> OutputError:
+    """The error for a path that cannot be written."""
+    return OutputError(f"cannot write: {cause}", where=str(path), hint="give another place with --out, or free space there")
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -68,6 +68,13 @@ class Pass(BaseModel):
 
     A pass never edits its argument, prints, times, saves outside the :class:`Workspace`, or reads
     the environment or a global seed. Long loops go through :func:`irprune.pipeline.progress.track`.
+
+    Attributes:
+        name: What a pipeline calls it.
+        needs: Facts that it reads; they must be there.
+        uses: Facts that it reads where they are there.
+        gives: Facts that every run of it returns.
+        changes: Whether its result may be another program: what analyses found is then dropped.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -76,6 +83,7 @@ class Pass(BaseModel):
     needs: ClassVar[tuple[type[Fact], ...]] = ()
     uses: ClassVar[tuple[type[Fact], ...]] = ()
     gives: ClassVar[tuple[type[Fact], ...]] = ()
+    changes: ClassVar[bool] = False
 
     def run(self, program: Program, facts: Facts) -> Result:
         raise NotImplementedError

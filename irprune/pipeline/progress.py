@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
@@ -22,7 +22,7 @@ _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """Walk over ``items``, shown by the reporter in charge, if there is one."""
     reporter = _reporter.get()
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     return iter(items) if reporter is None else reporter.track(items, label, total)
 

@@ -89,15 +89,17 @@ class Interface:
 
     Attributes:
         example: Example ``(args, kwargs)`` as the user gave them.
-        dynamic: One entry per flat tensor input: ``{axis: label}`` of the dynamic axes.
+        dynamic: One entry per flat input: ``{axis: label}`` of the dynamic axes.
         inputs: Name of each flat input (the placeholder's).
         outputs: Name of each flat output, for export.
+        notes: What the trace decided and the user may want to know, one sentence each.
     """
 
     example: tuple[tuple[Any, ...], dict[str, Any]]
     dynamic: tuple[dict[int, str], ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -115,10 +115,13 @@ class Importance(Fact):
     Attributes:
         scores: Group name to float64 array of the group's size.
         criterion: What was measured, for reports.
+        rescore: The same measurement on a smaller version of the program, for pruning in steps;
+            ``None`` where the scores cannot be measured again.
     """
 
     scores: Mapping[str, npt.NDArray[np.float64]]
     criterion: str = ""
+    rescore: Callable[[Program, Groups], Importance] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

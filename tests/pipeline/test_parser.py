@@ -93,7 +93,8 @@ ERRORS = {
     + CUT,
     "cut{label=secret}": "[option] at pipeline text, column 5: pass 'cut', option 'label': 'secret' is not allowed; this name is taken"
     + CUT,
-    "broken": "[option] at pipeline text, column 1: pass 'broken' (toy_passes:Missing) cannot be loaded: module 'toy_passes' has no attribute 'Missing'"
+    "broken": "[option] at pipeline text, column 1: "
+    "pass 'broken' (toy_passes:Missing) cannot be loaded: module 'toy_passes' has no attribute 'Missing'"
     "\n  to go on: repair or uninstall the package that registers it",
 }
 

@@ -1,0 +1,152 @@
+"""The pass manager: checks a pipeline as a whole, then runs it step by step.
+
+It orders nothing by magic. It fills in an analysis that is missing, gives a pass only the facts it
+declared, and drops what analyses found when a pass returned another program.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+
+from irprune.errors import PipelineError
+from irprune.ir.facts import Fact
+from irprune.ir.program import Program
+from irprune.pipeline import registry
+from irprune.pipeline.passes import Facts, Pass, Result
+
+
+@dataclass
+class Step:
+    """One pass at work, as instruments see it.
+
+    Attributes:
+        of: The pass.
+        number: Its place in the completed pipeline, from 1.
+        total: Number of passes in it.
+        program: Its input.
+        facts: What is known before it.
+        result: What it returned; ``None`` until it has.
+        seconds: How long it took.
+    """
+
+    of: Pass
+    number: int
+    total: int
+    program: Program
+    facts: Facts
+    result: Result | None = None
+    seconds: float = 0.0
+
+
+class Instrument:
+    """Something that watches passes without taking part. Its output never changes a result."""
+
+    def watch(self, step: Step) -> AbstractContextManager[None]:
+        """Entered before a pass runs and left when it has returned or raised."""
+        return nullcontext()
+
+
+def run(
+    passes: Sequence[Pass], program: Program, facts: Facts | Iterable[Fact] = (), instruments: Sequence[Instrument] = ()
+) -> tuple[Program, Facts]:
+    """Run a pipeline.
+
+    Args:
+        passes: The pipeline; missing analyses are filled in.
+        program: The input, which stays as it is.
+        facts: What is known beforehand (the task, the workspace).
+        instruments: Watchers, the first one outermost.
+
+    Returns:
+        The program that the last pass returned, and all facts that hold for it.
+
+    Raises:
+        PipelineError: A pass needs what nothing gives. Nothing has run then.
+    """
+    facts = Facts(facts)
+    passes = completed(passes, [type(fact) for fact in facts])
+    for number, one in enumerate(passes, 1):
+        step = Step(one, number, len(passes), program, facts)
+        with ExitStack() as stack:
+            for instrument in instruments:
+                stack.enter_context(instrument.watch(step))
+            start = time.perf_counter()
+            result = one.run(program, facts.restricted(one))
+            step.seconds = time.perf_counter() - start
+            _check_promise(one, program, result)
+            step.result = result
+        if result.program is not program:
+            facts = facts.after_change()
+        program = result.program.applied(str(one), step.seconds)
+        facts = facts.updated(result.facts)
+    return program, facts
+
+
+def _check_promise(one: Pass, program: Program, result: Result) -> None:
+    given = {type(fact) for fact in result.facts}
+    assert given >= set(one.gives), f"pass {one.name} did not give {_names(set(one.gives) - given)}"
+    undeclared = {kind for kind in given if not kind.lasting} - set(one.gives)
+    assert not undeclared, f"pass {one.name} gives {_names(undeclared)} without declaring it in 'gives'"
+    assert one.changes or result.program is program, f"pass {one.name} returns another program without declaring 'changes'"
+
+
+def completed(passes: Sequence[Pass], known: Iterable[type[Fact]] = ()) -> list[Pass]:
+    """The pipeline with what is missing filled in, every need met.
+
+    An analysis that stood earlier in the pipeline is repeated with the same options where a change of
+    the program made it stale; one that never stood there is taken with its defaults.
+
+    Args:
+        passes: The pipeline as the user wrote it.
+        known: Kinds of facts that are there before it starts.
+
+    Raises:
+        PipelineError: A pass needs a fact that no pass before it gives and that cannot be filled in.
+    """
+    have = set(known)
+    out: list[Pass] = []
+    for one in passes:
+        for step in (*_missing(one, have, out), one):
+            out.append(step)
+            if step.changes:
+                have = {kind for kind in have if kind.lasting}
+            have.update(step.gives)
+    return out
+
+
+def _missing(one: Pass, have: set[type[Fact]], before: Sequence[Pass], callers: tuple[Pass, ...] = ()) -> Iterator[Pass]:
+    """The passes to run first so that ``one`` has all it needs, in order."""
+    have = set(have)
+    for kind in one.needs:
+        if kind in have:
+            continue
+        filler = _filler(one, kind, before)
+        if any(type(filler) is type(caller) for caller in (*callers, one)):
+            raise PipelineError(f"pass '{one.name}' needs {kind.__name__}, which pass '{filler.name}' gives, which in turn needs this pass")
+        steps = [*_missing(filler, have, before, (*callers, one)), filler]
+        for step in steps:
+            have.update(step.gives)
+        yield from steps
+
+
+def _filler(one: Pass, kind: type[Fact], before: Sequence[Pass]) -> Pass:
+    """The pass that gives a fact: the last one in the pipeline so far, else the only one that exists."""
+    earlier = next((step for step in reversed(before) if kind in step.gives), None)
+    if earlier is not None and not earlier.changes:
+        return earlier
+    givers = [cls for cls in registry.loadable().values() if kind in cls.gives]
+    fillers = [cls for cls in givers if not cls.changes and not any(info.is_required() for info in cls.model_fields.values())]
+    if len(fillers) == 1:
+        return fillers[0]()
+    names = " or ".join(f"'{cls.name}'" for cls in givers)
+    raise PipelineError(
+        f"pass '{one.name}' needs {kind.__name__}, which no pass before it gives",
+        hint=f"put {names} before it" if givers else f"no registered pass gives {kind.__name__}; install or register one that does",
+    )
+
+
+def _names(kinds: Iterable[type[Fact]]) -> str:
+    return ", ".join(sorted(kind.__name__ for kind in kinds))

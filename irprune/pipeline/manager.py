@@ -88,8 +88,8 @@ def run(
 def _check_promise(one: Pass, program: Program, result: Result) -> None:
     given = {type(fact) for fact in result.facts}
     assert given >= set(one.gives), f"pass {one.name} did not give {_names(set(one.gives) - given)}"
-    undeclared = {kind for kind in given if not kind.lasting} - set(one.gives)
-    assert not undeclared, f"pass {one.name} gives {_names(undeclared)} without declaring it in 'gives'"
+    undeclared = {kind for kind in given if not kind.lasting} - {*one.gives, *one.may_give}
+    assert not undeclared, f"pass {one.name} gives {_names(undeclared)} without declaring it in 'gives' or 'may_give'"
     assert one.changes or result.program is program, f"pass {one.name} returns another program without declaring 'changes'"
 
 

@@ -74,6 +74,7 @@ class Pass(BaseModel):
         needs: Facts that it reads; they must be there.
         uses: Facts that it reads where they are there.
         gives: Facts that every run of it returns.
+        may_give: Analyses that it returns where its options ask for them.
         changes: Whether its result may be another program: what analyses found is then dropped.
     """
 
@@ -83,6 +84,7 @@ class Pass(BaseModel):
     needs: ClassVar[tuple[type[Fact], ...]] = ()
     uses: ClassVar[tuple[type[Fact], ...]] = ()
     gives: ClassVar[tuple[type[Fact], ...]] = ()
+    may_give: ClassVar[tuple[type[Fact], ...]] = ()
     changes: ClassVar[bool] = False
 
     def run(self, program: Program, facts: Facts) -> Result:

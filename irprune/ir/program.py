@@ -67,6 +67,8 @@ class Types:
             where a result is not a tensor).
         events: Where axes are contracted or mixed.
         diagnostics: What was frozen for lack of understanding.
+        macs: Operation name to products whose sizes add up to its multiply-accumulates.
+        notes: Terms that a rule keeps for later, by operation name and key (``groups``).
         constants: Names of nodes that depend on no input, parameter or symbolic size: their value may
             be computed once and sliced like a buffer.
     """
@@ -76,6 +78,8 @@ class Types:
     events: list[Event] = field(default_factory=list)
     diagnostics: list[Diagnostic] = field(default_factory=list)
     constants: frozenset[str] = frozenset()
+    macs: dict[str, tuple[Term, ...]] = field(default_factory=dict)
+    notes: dict[tuple[str, str], Term] = field(default_factory=dict)
 
     def of(self, name: str) -> Axes:
         axes = self.axes[name]

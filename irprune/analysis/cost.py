@@ -1,0 +1,91 @@
+"""The cost model: parameters, multiply-accumulates and bytes of a program under a plan.
+
+All three are polynomials in how many indices each variable keeps, so they are known before anything
+is removed, and interactions (two shrunk axes of one weight) are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch.utils import _pytree as pytree
+
+from irprune.ir.dims import Size, Term, Var, as_size, kept_size, resolve, variables
+from irprune.ir.program import Program
+
+Counts = Mapping[Var, int]
+
+
+class Cost:
+    """Costs of a typed program. Sizes of dynamic axes are those of the example inputs."""
+
+    def __init__(self, program: Program) -> None:
+        types = program.typing
+        self._hints = hints(program)
+        self._tensors: dict[str, tuple[Term, int, bool]] = {}
+        for name, node in program.holders.items():
+            tensor = program.tensors[name]
+            product = tuple(atom for term in types.of(node.name) for atom in resolve(term))
+            self._tensors[name] = (product, tensor.element_size(), isinstance(tensor, torch.nn.Parameter))
+        self._macs = {name: tuple(resolve(product) for product in products) for name, products in types.macs.items()}
+
+    def _value(self, size: Size) -> int:
+        return size if isinstance(size, int) else int(size.subs(self._hints))
+
+    def params(self, counts: Counts | None = None) -> int:
+        """Number of parameters (buffers are not counted)."""
+        return sum(self._value(kept_size(product, counts or {})) for product, _, own in self._tensors.values() if own)
+
+    def bytes(self, counts: Counts | None = None) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(self._value(kept_size(product, counts or {})) * width for product, width, _ in self._tensors.values())
+
+    def macs(self, counts: Counts | None = None) -> int:
+        """Multiply-accumulates of all sums of products for one call with the example inputs."""
+        return sum(self._value(kept_size(p, counts or {})) for products in self._macs.values() for p in products)
+
+    def of(self, unit: str, counts: Counts | None = None) -> int:
+        """``params``, ``macs`` or ``bytes`` by name."""
+        return {"params": self.params, "macs": self.macs, "bytes": self.bytes}[unit](counts)
+
+    @cached_property
+    def _uses(self) -> tuple[dict[Var, list[Term]], dict[Var, list[Term]]]:
+        """Variable to the products that hold it: of parameters, of operations."""
+        tensors: dict[Var, list[Term]] = {}
+        macs: dict[Var, list[Term]] = {}
+        for product, _, own in self._tensors.values():
+            for var in set(variables(product)) if own else ():
+                tensors.setdefault(var, []).append(product)
+        for products in self._macs.values():
+            for product in products:
+                for var in set(variables(product)):
+                    macs.setdefault(var, []).append(product)
+        return tensors, macs
+
+    def per_index(self, var: Var) -> tuple[int, int]:
+        """Parameters and multiply-accumulates that go with one index while nothing else is removed."""
+        found = []
+        for uses in self._uses:
+            less = {var: int(var.size) - 1}
+            found.append(sum(self._value(kept_size(p, {})) - self._value(kept_size(p, less)) for p in uses.get(var, ())))
+        return found[0], found[1]
+
+
+def hints(program: Program) -> dict[Any, int]:
+    """The example inputs' size of each symbol."""
+    args, kwargs = program.interface.example
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    found: dict[Any, int] = {}
+    placeholders = [node for node in program.nodes if node.op == "placeholder"]
+    for node, leaf in zip(placeholders, leaves, strict=True):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and isinstance(leaf, torch.Tensor):
+            for symbolic, size in zip(value.shape, leaf.shape, strict=True):
+                expr = as_size(symbolic)
+                if isinstance(expr, sympy.Symbol):
+                    found[expr] = int(size)
+    return found

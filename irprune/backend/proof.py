@@ -1,0 +1,298 @@
+"""Translation validation: every removal proves itself.
+
+1. *Shapes*: fake tensors through the new graph give exactly the predicted sizes, with dynamic axes
+   as symbols.
+2. *Numbers*: the new program equals the original one run at full size with the removed slices
+   zeroed, sums restricted to the kept indices, and every mixing operation (norm, mean, softmax,
+   extreme) renormalised over the kept indices.
+3. *Interface*: inputs and outputs keep their names, order, sizes and dtypes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from irprune.backend.rewrite import Shrink, shape_of
+from irprune.errors import ProofError
+from irprune.ir.dims import Mask, Var
+from irprune.ir.program import Event, Program, location
+from irprune.rules.registry import bind, op_name, registry
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+
+
+class Keep:
+    """What a *renormalise* function may ask: masks of its operands and the operation itself."""
+
+    def __init__(self, node: fx.Node, shrink: Shrink, bound: dict[str, Any], dtype: torch.dtype | None) -> None:
+        self._node = node
+        self._shrink = shrink
+        self._bound = bound
+        self._old = bind(node.target, node.args, dict(node.kwargs))
+        self.name = op_name(node.target).rpartition("::")[2]
+        self.dtype = dtype
+
+    def mask(self, operand: str, *dims: int) -> torch.Tensor:
+        """A boolean tensor of the operand's rank, True at kept positions of the named axes."""
+        value = self._bound[operand]
+        axes = self._shrink.types.of(self._old[operand].name)
+        out = torch.ones((1,) * value.ndim, dtype=torch.bool, device=value.device)
+        for dim in dims:
+            term = axes[dim]
+            if not self._shrink.touched(term):
+                continue
+            shape = [1] * value.ndim
+            shape[dim] = -1
+            out = out & torch.from_numpy(self._shrink.mask(term)).to(value.device).reshape(shape)
+        return out
+
+    def call(self, **replaced: Any) -> Any:
+        """The operation itself with some arguments replaced."""
+        return _call(self._node.target, {**self._bound, **replaced})
+
+
+def _call(target: Any, bound: dict[str, Any]) -> Any:
+    positional, keyword = [], {}
+    for argument in target._schema.arguments:
+        if argument.kwarg_only:
+            keyword[argument.name] = bound[argument.name]
+        else:
+            positional.append(bound[argument.name])
+    return target(*positional, **keyword)
+
+
+class Masked(fx.Interpreter):
+    """The original program at full size under a plan: the reference that a removal must equal."""
+
+    def __init__(self, program: Program, keep: Mapping[Var, Mask]) -> None:
+        super().__init__(program.module)
+        self._shrink = Shrink(program.typing, keep)
+        self._events: dict[str, list[Event]] = {}
+        for event in program.typing.events:
+            if self._shrink.touched(program.typing.of(event.operand)[event.axis]):
+                self._events.setdefault(event.node, []).append(event)
+        self._zeroed: dict[str, torch.Tensor] = {}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target not in self._zeroed:
+            tensor = super().get_attr(target, args, kwargs).detach()
+            node = next(n for n in self.module.graph.nodes if n.op == "get_attr" and n.target == target)
+            if tensor.is_floating_point():
+                for dim, term in enumerate(self._shrink.types.of(node.name)):
+                    if self._shrink.touched(term):
+                        tensor = torch.where(self._along(tensor, dim, term), tensor, 0)
+            self._zeroed[target] = tensor
+        return self._zeroed[target]
+
+    def _along(self, tensor: torch.Tensor, dim: int, term: Any) -> torch.Tensor:
+        shape = [1] * tensor.ndim
+        shape[dim] = -1
+        return torch.from_numpy(self._shrink.mask(term)).to(tensor.device).reshape(shape)
+
+    def run_node(self, n: fx.Node) -> Any:
+        events = self._events.get(n.name)
+        if not events:
+            return super().run_node(n)
+        env = dict(self.env)
+        try:
+            for event in events:
+                if event.how == "contract":
+                    operand = next(node for node in n.all_input_nodes if node.name == event.operand)
+                    value = self.env[operand]
+                    term = self._shrink.types.of(event.operand)[event.axis]
+                    self.env[operand] = torch.where(self._along(value, event.axis, term), value, torch.zeros((), dtype=value.dtype, device=value.device))
+            if all(event.how == "contract" for event in events):
+                return super().run_node(n)
+            rule = registry().find(n.target)
+            assert rule is not None
+            if rule.renormalise is None:
+                raise ProofError(f"operation {op_name(n.target)} has no renormalised form to compare with", where=f"%{n.name}")
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            bound = bind(n.target, args, kwargs)
+            held = n.meta.get("val")
+            dtype = held.dtype if isinstance(held, torch.Tensor) else None
+            keep = Keep(n, self._shrink, bound, dtype)
+            return rule.renormalise(keep, **wanted(rule.renormalise, bound))
+        finally:
+            self.env = {**env, **{k: v for k, v in self.env.items() if k not in env}}
+
+
+def wanted(function: Callable[..., Any], bound: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a rule's function names (all, if it takes any)."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return bound
+    return {name: bound[name] for name in parameters if name in bound}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two results are apart: absolute, and relative to the reference's largest value."""
+
+    max_abs: float
+    scale: float
+
+    @property
+    def relative(self) -> float:
+        return self.max_abs / max(self.scale, 1e-6)
+
+
+def difference(value: torch.Tensor, reference: torch.Tensor) -> Difference:
+    """The largest difference between two tensors of one shape; not-finite values must agree."""
+    if not value.is_floating_point():
+        wrong = (value != reference).any() if value.numel() else torch.tensor(False)
+        return Difference(float("inf") if bool(wrong) else 0.0, 1.0)
+    a, b = value.detach().double(), reference.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    gap = torch.where(same, torch.zeros((), dtype=a.dtype), (a - b).abs())
+    gap = torch.nan_to_num(gap, nan=float("inf"), posinf=float("inf"))
+    finite = b[b.isfinite()]
+    return Difference(float(gap.max()) if gap.numel() else 0.0, float(finite.abs().max()) if finite.numel() else 1.0)
+
+
+def prove(before: Program, after: Program, keep: Mapping[Var, Mask], *, seed: int = 0) -> dict[str, Any]:
+    """Prove a removal.
+
+    Args:
+        before: The typed original.
+        after: What :func:`irprune.backend.rewrite.remove` made of it.
+        keep: The masks.
+        seed: Seed of operations that draw random numbers.
+
+    Returns:
+        ``{"shapes": True, "numbers": {"max_abs_err", "tolerance", "scale"}, "interface": True}``. On
+        the meta device there are no numbers to compare and ``numbers`` says so.
+
+    Raises:
+        ProofError: Naming the operation, the variable and both values.
+    """
+    shrink = Shrink(before.typing, keep)
+    prove_shapes(before, after, shrink)
+    prove_interface(before, after)
+    if any(tensor.is_meta for tensor in before.tensors.values()):
+        return {"shapes": True, "interface": True, "numbers": {"max_abs_err": None, "tolerance": None, "skipped": "no weights (meta device)"}}
+    return {"shapes": True, "interface": True, "numbers": prove_numbers(before, after, keep, seed=seed)}
+
+
+def prove_shapes(before: Program, after: Program, shrink: Shrink) -> None:
+    """Every value of the new graph has the size that the plan predicts for its axes."""
+    types = before.typing
+    for node in after.nodes:
+        old = before.by_name.get(node.name)
+        axes = types.axes.get(node.name)
+        value = node.meta.get("val")
+        if old is None or axes is None:
+            continue
+        pairs = zip(axes, value, strict=True) if isinstance(axes, list) else [(axes, value)]
+        for term_axes, tensor in pairs:
+            if term_axes is None or not isinstance(tensor, torch.Tensor):
+                continue
+            predicted, found = tuple(shrink.size(term) for term in term_axes), shape_of(tensor)
+            if predicted != found and not (old.op == "call_function" and node.name in types.constants):
+                raise ProofError(
+                    f"the plan predicts the shape {list(predicted)} for %{node.name} = {op_name(node.target)}, the program gives {list(found)}",
+                    where=location(node) or f"%{node.name}",
+                    hint="an op rule or a rewrite is wrong; report this with the model",
+                )
+
+
+def prove_interface(before: Program, after: Program) -> None:
+    """Inputs and outputs are the same in number, order, name, size and dtype."""
+    for kind in ("placeholder", "output"):
+        old, new = ([n for n in p.nodes if n.op == kind] for p in (before, after))
+        if kind == "output":
+            old, new = ([i for n in nodes for i in n.all_input_nodes] for nodes in (old, new))
+        elif [n.name for n in old] != [n.name for n in new]:
+            raise ProofError(f"the inputs changed from {[n.name for n in old]} to {[n.name for n in new]}")
+        if len(old) != len(new):
+            raise ProofError(f"the number of {kind}s changed from {len(old)} to {len(new)}")
+        for a, b in zip(old, new, strict=True):
+            u, v = a.meta.get("val"), b.meta.get("val")
+            if isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (shape_of(u) != shape_of(v) or u.dtype != v.dtype):
+                raise ProofError(f"{kind} %{a.name} changed from {u.dtype} {list(shape_of(u))} to {v.dtype} {list(shape_of(v))}")
+
+
+def _flat_tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, seed: int = 0) -> dict[str, Any]:
+    """The new program equals the masked original on the example inputs.
+
+    The tolerance is relative to the largest value of each output and depends on its dtype; both
+    programs compute the same sums in another order.
+    """
+    args, kwargs = before.interface.example
+    flat = flat_inputs(before, args, kwargs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reference = _flat_tensors(Masked(before, keep).run(*flat, enable_io_processing=False))
+        torch.manual_seed(seed)
+        result = _flat_tensors(fx.Interpreter(after.module).run(*flat, enable_io_processing=False))
+    worst, scale, allowed = 0.0, 1.0, TOLERANCE[torch.float32]
+    for number, (value, expected) in enumerate(zip(result, reference, strict=True)):
+        gap = difference(value, expected)
+        tolerance = tolerance_of(before, value.dtype)
+        if gap.relative > tolerance:
+            raise ProofError(
+                f"output {number} differs from the masked original by {gap.max_abs:.3g} (largest value {gap.scale:.3g}, "
+                f"allowed {tolerance * gap.scale:.3g}); {locate(before, after, keep, flat, seed)}",
+                where="validation",
+                hint="the program is left as it was; an op rule is wrong: report this with the model",
+            )
+        if gap.max_abs >= worst:
+            worst, scale, allowed = gap.max_abs, gap.scale, tolerance
+    return {"max_abs_err": worst, "scale": scale, "tolerance": allowed * max(scale, 1e-6)}
+
+
+def tolerance_of(program: Program, dtype: torch.dtype) -> float:
+    """The relative tolerance: that of the least precise floating point type in use."""
+    kinds = {dtype, *(t.dtype for t in program.tensors.values())}
+    return max((TOLERANCE[kind] for kind in kinds if kind in TOLERANCE), default=TOLERANCE[torch.float32])
+
+
+def flat_inputs(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Inputs as the graph's placeholders take them."""
+    return list(pytree.tree_leaves((args, dict(kwargs))))
+
+
+def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list[Any], seed: int) -> str:
+    """The first operation at which the two runs part, in words."""
+    shrink = Shrink(before.typing, keep)
+    values: dict[str, Any] = {}
+
+    def record(kind: type[fx.Interpreter]) -> type[fx.Interpreter]:
+        class Recording(kind):  # type: ignore[misc, valid-type]
+            def run_node(self, n: fx.Node) -> Any:
+                values[n.name] = out = super().run_node(n)
+                return out
+
+        return Recording
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        record(Masked)(before, keep).run(*flat, enable_io_processing=False)  # type: ignore[arg-type, call-arg]
+        full, values = values, {}
+        torch.manual_seed(seed)
+        record(fx.Interpreter)(after.module).run(*flat, enable_io_processing=False)
+    for node in after.nodes:
+        axes = before.typing.axes.get(node.name)
+        value, expected = values.get(node.name), full.get(node.name)
+        if not isinstance(axes, tuple) or not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor):
+            continue
+        expected = shrink.slice(expected, axes)
+        if expected.shape != value.shape:
+            return f"they part at %{node.name}: shapes {list(expected.shape)} and {list(value.shape)}"
+        gap = difference(value, expected)
+        if gap.relative > tolerance_of(before, value.dtype):
+            gone = ", ".join(sorted({str(var) for term in axes for var in shrink.counts if shrink.touched(term)}))
+            place = location(node) or "generated"
+            return f"they part at %{node.name} = {op_name(node.target)} ({place}), off by {gap.max_abs:.3g}, along {gone or 'no pruned axis'}"
+    return "no single operation stands out"

@@ -1,0 +1,279 @@
+"""Removal: slice every tensor, recompute every literal size; nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from irprune.errors import ProofError
+from irprune.ir.dims import Mask, Size, Term, Var, as_size, kept_size, mask_of, resolve, term_size, variables
+from irprune.ir.program import Axes, Program, Types, location, set_tensor
+from irprune.rules.infer import UNIFORM, typed
+from irprune.rules.registry import bind, op_name, registry
+
+
+class Shrink:
+    """A plan seen from the axes: which are touched, what is kept of them."""
+
+    def __init__(self, types: Types, keep: Mapping[Var, Mask]) -> None:
+        self.types = types
+        self.keep = {var: mask for var, mask in keep.items() if not mask.all()}
+        self.counts = {var: int(mask.sum()) for var, mask in self.keep.items()}
+
+    def touched(self, term: Term) -> bool:
+        return any(var in self.keep for var in variables(resolve(term)))
+
+    def any(self, axes: Axes | list[Axes | None] | None) -> bool:
+        if isinstance(axes, list):
+            return any(self.any(item) for item in axes)
+        return axes is not None and any(self.touched(term) for term in axes)
+
+    def mask(self, term: Term) -> Mask:
+        return mask_of(term, self.keep)
+
+    def size(self, term: Term) -> Size:
+        return kept_size(term, self.counts)
+
+    def slice(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
+        """The kept part of a tensor; the tensor itself where nothing is removed."""
+        for dim, term in enumerate(axes):
+            if self.touched(term):
+                index = torch.from_numpy(np.flatnonzero(self.mask(term))).to(tensor.device)
+                tensor = tensor.index_select(dim, index)
+        return tensor
+
+
+class Resize:
+    """What a *resize* function may do to its call."""
+
+    def __init__(self, node: fx.Node, old: fx.Node, shrink: Shrink) -> None:
+        self._node = node
+        self._old = old
+        self._shrink = shrink
+        self._bound = bind(old.target, old.args, dict(old.kwargs))
+        self._now = bind(node.target, node.args, dict(node.kwargs))
+
+    # -- reading
+
+    def get(self, name: str) -> Any:
+        """The argument as it stands in the new call."""
+        return self._now[name]
+
+    def _operand(self, name: str) -> Axes:
+        return self._shrink.types.of(self._bound[name].name)
+
+    def operand_rank(self, name: str) -> int:
+        return len(self._operand(name))
+
+    def old_size(self, name: str, dim: int) -> Size:
+        return term_size(resolve(self._operand(name)[dim]))
+
+    def operand_size(self, name: str, dim: int) -> Size:
+        """Size of an operand's axis after removal."""
+        return self._shrink.size(self._operand(name)[dim])
+
+    def position(self, name: str, dim: int, index: int) -> int:
+        """Where a boundary of an operand's axis lies after removal."""
+        term = self._operand(name)[dim]
+        size = term_size(resolve(term))
+        if not isinstance(size, int) or not self._shrink.touched(term):
+            return index
+        bounded = slice(index, None).indices(size)[0]
+        return int(self._shrink.mask(term)[:bounded].sum())
+
+    @property
+    def result_count(self) -> int:
+        axes = self._shrink.types.axes[self._old.name]
+        return len(axes) if isinstance(axes, list) else 1
+
+    def _result(self, which: int) -> Axes:
+        axes = self._shrink.types.axes[self._old.name]
+        found = axes[which] if isinstance(axes, list) else axes
+        assert found is not None
+        return found
+
+    def result_size(self, dim: int, which: int = 0) -> Size:
+        return self._shrink.size(self._result(which)[dim])
+
+    def sizes(self, literals: list[Any], first: int = 0) -> list[Any]:
+        """A size list of the call, each entry recomputed from the result's axis where it shrinks.
+
+        A size that the program computes stays where its axis is whole. Where it is a product with a
+        removed factor (``batch * heads``) it becomes -1, to be inferred.
+        """
+        axes = self._result(0)
+        out: list[Any] = []
+        for literal, term in zip(literals, axes[first:], strict=False):
+            if literal == -1 or not self._shrink.touched(term):
+                out.append(literal)
+                continue
+            size = self._shrink.size(term)
+            out.append(size if isinstance(size, int) else -1)
+        if out.count(-1) > 1 and op_name(self._old.target) not in ("aten::expand", "aten::broadcast_to"):
+            whole = [i for i, (literal, term) in enumerate(zip(literals, axes[first:], strict=False)) if literal == -1]
+            for i in whole:
+                size = self._shrink.size(axes[first + i])
+                if isinstance(size, int):
+                    out[i] = size
+        return out
+
+    def kept(self, key: str, literal: int) -> int:
+        """The size of a noted term after removal."""
+        term = self._shrink.types.notes.get((self._old.name, key))
+        size = literal if term is None else self._shrink.size(term)
+        assert isinstance(size, int)
+        return size
+
+    # -- writing
+
+    def set(self, name: str, value: Any) -> None:
+        """Give an argument of the call a new value."""
+        self._now[name] = value
+        if not isinstance(self._node.target, torch._ops.OpOverload):
+            return
+        names = [argument.name for argument in self._node.target._schema.arguments]
+        position = names.index(name)
+        if position < len(self._node.args):
+            self._node.update_arg(position, value)
+        else:
+            self._node.update_kwarg(name, value)
+
+    def retarget(self, target: Any, names: tuple[str, ...], arguments: dict[str, Any]) -> None:
+        """Call another operation with these arguments instead."""
+        self._node.target = target
+        self._node.args = tuple(arguments[name] for name in names)
+        self._node.kwargs = {}
+        self._now = dict(arguments)
+
+
+def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
+    """The program without the removed indices, typed.
+
+    Args:
+        program: A typed program. It is not changed; untouched tensors are shared.
+        keep: One boolean mask per variable, True where an index stays.
+
+    Raises:
+        ProofError: If an operation with a literal size on a shrunk axis cannot be rewritten.
+    """
+    types = program.typing
+    shrink = Shrink(types, keep)
+    if not shrink.keep:
+        return program
+    graph = copy.deepcopy(program.module.graph)
+    old_nodes = program.by_name
+    touched: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target is operator.getitem:
+            continue
+        old = old_nodes[node.name]
+        if old.name in types.constants and op_name(old.target) not in UNIFORM:
+            continue
+        if shrink.any(types.axes.get(old.name)) or any(shrink.any(types.axes.get(operand.name)) for operand in old.all_input_nodes):
+            touched.append(node)
+    for node in touched:
+        entry = registry().find(node.target)
+        if entry is not None and entry.resize is not None:
+            rw = Resize(node, old_nodes[node.name], shrink)
+            entry.resize(rw, **bind(node.target, node.args, dict(node.kwargs)))
+    new = program.with_graph(graph)
+    _slice_constants(program, new, shrink)
+    for name, node in program.holders.items():
+        sliced = shrink.slice(program.tensors[name].detach(), types.of(node.name))
+        if sliced.shape != program.tensors[name].shape:
+            set_tensor(new.module, name, sliced.contiguous())
+    new.module.graph.eliminate_dead_code()
+    new.module.recompile()
+    propagate(new)
+    return typed(new)
+
+
+def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
+    """Compute constants that a shrunk axis runs through, once, and keep the wanted part as a buffer."""
+    types = program.typing
+    wanted = []
+    for node in program.nodes:
+        if node.name in types.constants and op_name(node.target) not in UNIFORM and shrink.any(types.axes.get(node.name)):
+            wanted.append(node)
+    if not wanted:
+        return
+    values: dict[fx.Node, Any] = {}
+
+    def value(node: fx.Node) -> Any:
+        if node not in values:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values[node]
+
+    by_name = {node.name: node for node in new.module.graph.nodes}
+    for number, node in enumerate(wanted):
+        result = value(node)
+        axes = types.axes[node.name]
+        if isinstance(axes, list) or not isinstance(result, torch.Tensor):
+            continue
+        name = _free_name(new.module, f"_constant_{number}")
+        new.module.register_buffer(name, shrink.slice(result, axes).contiguous())
+        old = by_name[node.name]
+        with new.module.graph.inserting_before(old):
+            holder = new.module.graph.get_attr(name)
+        holder.meta = dict(old.meta)
+        old.replace_all_uses_with(holder)
+
+
+def _free_name(module: torch.nn.Module, name: str) -> str:
+    while hasattr(module, name):
+        name += "_"
+    return name
+
+
+def propagate(program: Program) -> None:
+    """Recompute every value's metadata (``meta['val']``) by running the graph on fake tensors.
+
+    Dynamic axes keep their symbols, so that shapes are checked for every size, not for one.
+
+    Raises:
+        ProofError: If an operation does not accept its shrunk operands.
+    """
+    placeholders = [node for node in program.nodes if node.op == "placeholder"]
+    held = [node.meta.get("val") for node in placeholders]
+    mode = next((v.fake_mode for node in program.nodes for v in [node.meta.get("val")] if isinstance(v, torch._subclasses.FakeTensor)), None)
+    if mode is None:
+        mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+        held = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in held]
+    values: dict[fx.Node, Any] = {}
+    fakes: dict[str, torch.Tensor] = {}
+    inputs = iter(held)
+    with mode, torch.no_grad():
+        for node in program.nodes:
+            if node.op == "placeholder":
+                values[node] = next(inputs)
+                continue
+            if node.op == "output":
+                continue
+            if node.op == "get_attr":
+                name = str(node.target)
+                if name not in fakes:
+                    tensor = program.tensors[name]
+                    fakes[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                values[node] = fakes[name]
+            else:
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
+                try:
+                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                except Exception as error:
+                    raise ProofError(
+                        f"operation {op_name(node.target)} does not accept its shrunk operands: {str(error).splitlines()[0]}",
+                        where=f"%{node.name} ({location(node) or 'generated'})",
+                        hint="report this with the model; freeze the axis with discover{freeze=[...]} meanwhile",
+                    ) from error
+            node.meta["val"] = values[node]
+
+
+def shape_of(value: Any) -> tuple[Size, ...]:
+    return tuple(as_size(size) for size in value.shape)

@@ -1,0 +1,155 @@
+"""Convolutions, pooling and resampling: channels pass, places in space stay."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from irprune.ir.dims import Size, Term, quotient
+from irprune.ir.program import Axes
+from irprune.rules.infer import Op, Value, sizes
+from irprune.rules.registry import resize, rule
+
+if TYPE_CHECKING:
+    from irprune.backend.rewrite import Resize
+
+
+def spatial(op: Op, *axes: Term) -> None:
+    for term in axes:
+        op.freeze(term, "spatial", "it is a place in space or time")
+
+
+def places(op: Op, shape: tuple[Size, ...]) -> Axes:
+    return tuple(op.solid(size, "spatial", "it is a place in space or time") for size in shape)
+
+
+def _product(*axes: Term) -> Term:
+    return tuple(atom for term in axes for atom in term)
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution")
+def convolution(op: Op, input: Value, weight: Value, bias: Value | None = None, groups: int = 1, transposed: bool = False) -> Axes:
+    """Cross-correlation.
+
+    Shapes: x ``(N, G * i, *space)`` (``N`` may lack), weight ``(G * o, i, *kernel)``, bias and the
+    result's channels ``G * o``. ``i`` is contracted within each of the ``G`` groups.
+    """
+    if transposed:
+        return transposed_convolution(op, input, weight, bias, groups)
+    rank = weight.ndim - 2
+    channel = input.ndim - rank - 1
+    spatial(op, *weight.axes[2:], *input.axes[channel + 1 :])
+    out = _grouped(op, input.axes[channel], weight.axes[1], weight.axes[0], weight.shape[0], groups)
+    op.contract(input, channel)
+    op.contract(weight, 1)
+    if bias is not None:
+        op.unify(bias.axes[0], weight.axes[0])
+    result = (*input.axes[:channel], out, *places(op, op.shape[channel + 1 :]))
+    op.macs(_product(*result, *weight.axes[1:]))
+    return result
+
+
+def _grouped(op: Op, channels: Term, inner: Term, outer: Term, size: Size, groups: int) -> Term:
+    """Tie ``channels = G * inner`` and ``outer = G * o``; note ``G``."""
+    if groups == 1:
+        op.unify(channels, inner)
+        return outer
+    each = quotient(size, groups)
+    parts = op.factor(outer, each) if each is not None else None
+    if parts is None:
+        for term in (channels, inner, outer):
+            op.freeze(term, "misaligned", "the groups of a convolution cut across its factors")
+        return outer
+    op.note("groups", parts[0])
+    op.unify(channels, (*parts[0], *inner))
+    return outer
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def transposed_convolution(op: Op, input: Value, weight: Value, bias: Value | None = None, groups: int = 1) -> Axes:
+    """Shapes: x ``(N, G * i, *space)``, weight ``(G * i, o, *kernel)``, result channels ``G * o``."""
+    rank = weight.ndim - 2
+    channel = input.ndim - rank - 1
+    spatial(op, *weight.axes[2:], *input.axes[channel + 1 :])
+    op.unify(input.axes[channel], weight.axes[0])
+    op.contract(input, channel)
+    op.contract(weight, 0)
+    out = weight.axes[1]
+    if groups > 1:
+        each = quotient(weight.shape[0], groups)
+        parts = op.factor(weight.axes[0], each) if each is not None else None
+        if parts is None:
+            op.freeze(weight.axes[0], "misaligned", "the groups of a convolution cut across its factors")
+            out = (*op.solid(groups, "misaligned", "the groups of a convolution cut across its factors"), *weight.axes[1])
+        else:
+            op.note("groups", parts[0])
+            out = (*parts[0], *weight.axes[1])
+    if bias is not None:
+        op.unify(bias.axes[0], out)
+    op.macs(_product(*input.axes, *weight.axes[1:]))
+    return (*input.axes[:channel], out, *places(op, op.shape[channel + 1 :]))
+
+
+@resize("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def resize_convolution(rw: Resize, groups: int = 1, **_: Any) -> None:
+    if groups > 1:
+        rw.set("groups", rw.kept("groups", groups))
+
+
+POOLS = """
+max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
+adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices lp_pool1d lp_pool2d
+_adaptive_avg_pool2d _adaptive_avg_pool3d max_pool1d_with_indices max_pool3d_with_indices fractional_max_pool2d
+upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
+upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa
+_upsample_bicubic2d_aa
+"""
+
+
+@rule(*POOLS.split())
+def pool(op: Op, **_: Any) -> Any:
+    """Channels pass; as many trailing axes as the operation's name says are space."""
+    operand = op.first()
+    rank = int(re.findall(r"[123](?=d)", op.node.target.__name__)[0])
+    lead = operand.ndim - rank
+    spatial(op, *operand.axes[lead:])
+    found = [(*operand.axes[:lead], *places(op, sizes(result)[lead:])) for result in op.results]
+    return found if len(found) > 1 else found[0]
+
+
+@rule("im2col", "unfold_backward")
+def im2col(op: Op, self: Value) -> Axes:
+    """``(N, C, H, W)`` to ``(N, C * k, places)``."""
+    spatial(op, *self.axes[-2:])
+    each = quotient(op.shape[-2], self.shape[-3])
+    kernel = places(op, (each,))[0] if each is not None else ()
+    return (*self.axes[:-3], (*self.axes[-3], *kernel), *places(op, op.shape[-1:]))
+
+
+@rule("col2im")
+def col2im(op: Op, self: Value) -> Axes:
+    """``(N, C * k, places)`` to ``(N, C, H, W)``."""
+    spatial(op, self.axes[-1])
+    each = quotient(self.shape[-2], op.shape[-3])
+    parts = op.factor(self.axes[-2], each) if each is not None else None
+    if parts is None:
+        op.freeze(self.axes[-2], "misaligned", "the kernel cuts across its factors")
+        return (*self.axes[:-2], *places(op, op.shape[-3:]))
+    spatial(op, parts[1])
+    return (*self.axes[:-2], parts[0], *places(op, op.shape[-2:]))
+
+
+@rule("unfold")
+def unfold(op: Op, self: Value, dimension: int) -> Axes:
+    """Sliding windows over one axis: ``(*, windows, *, size)``."""
+    at = dimension % self.ndim
+    spatial(op, self.axes[at])
+    windows, width = places(op, (op.shape[at], op.shape[-1]))
+    return (*self.axes[:at], windows, *self.axes[at + 1 :], width)
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(op: Op, input: Value, grid: Value) -> Axes:
+    spatial(op, *input.axes[2:], *grid.axes[1:])
+    op.unify(input.axes[0], grid.axes[0])
+    return (*input.axes[:2], *places(op, op.shape[2:]))

@@ -1,0 +1,134 @@
+"""Sums of products: linear layers, matrix products, einsum."""
+
+from __future__ import annotations
+
+from irprune.ir.dims import UNIT, Term
+from irprune.ir.program import Axes
+from irprune.rules.infer import Op, Value
+from irprune.rules.registry import rule
+
+
+@rule("linear")
+def linear(op: Op, input: Value, weight: Value, bias: Value | None = None) -> Axes:
+    """``y = x @ weight.T + bias``.
+
+    Shapes: x ``(*, in)``, weight ``(out, in)``, bias ``(out,)``, y ``(*, out)``. ``in`` is
+    contracted, ``out`` is the weight's own. Source: ``torch.nn.functional.linear``.
+    """
+    op.unify(input.axes[-1], weight.axes[-1])
+    op.contract(input, -1)
+    op.contract(weight, -1)
+    own = weight.axes[:-1]
+    if bias is not None:
+        op.broadcast(own, bias.axes)
+    op.macs((*_product(input.axes), *_product(own)))
+    return (*input.axes[:-1], *own)
+
+
+def _product(axes: Axes) -> Term:
+    return tuple(atom for term in axes for atom in term)
+
+
+def _matmul(op: Op, a: Value, b: Value) -> Axes:
+    """``a @ b`` with broadcast leading axes; vectors as ``torch.matmul`` has them."""
+    at = -2 if b.ndim > 1 else -1
+    op.unify(a.axes[-1], b.axes[at])
+    op.contract(a, -1)
+    op.contract(b, at)
+    batch = op.broadcast(a.axes[:-2], b.axes[:-2])
+    rows = a.axes[-2:-1]
+    columns = b.axes[-1:] if b.ndim > 1 else ()
+    op.macs((*_product(batch), *_product(rows), *_product(columns), *a.axes[-1]))
+    return (*batch, *rows, *columns)
+
+
+@rule("matmul", "bmm", "mm", "mv", "dot", "__matmul__", "vdot", "inner")
+def matmul(op: Op) -> Axes:
+    a, b = op.operands()
+    if "inner" in op.node.target.__name__ and b.ndim > 1:
+        b = Value(b.node, (*b.axes[:-2], b.axes[-1], b.axes[-2]), (*b.shape[:-2], b.shape[-1], b.shape[-2]), b.dtype)
+    return _matmul(op, a, b)
+
+
+@rule("addmm", "addbmm", "baddbmm", "addmv")
+def addmm(op: Op, self: Value) -> Axes:
+    """``self + a @ b``."""
+    _, a, b = op.operands()
+    result = _matmul(op, a, b)
+    if op.node.target.__name__.startswith("addbmm"):
+        op.contract(a, 0)
+        op.contract(b, 0)
+        result = result[1:]
+    op.broadcast(result, self.axes)
+    return result
+
+
+@rule("outer", "ger")
+def outer(op: Op) -> Axes:
+    a, b = op.operands()
+    op.macs((*a.axes[0], *b.axes[0]))
+    return (a.axes[0], b.axes[0])
+
+
+@rule("einsum")
+def einsum(op: Op, equation: str, tensors: list[Value]) -> Axes:
+    """Letters are axes: equal letters are equal axes, letters that the result lacks are summed."""
+    left, _, right = equation.replace(" ", "").partition("->")
+    inputs = left.split(",")
+    if "->" not in equation:
+        letters = [c for c in left.replace("...", "").replace(",", "")]
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    found: dict[str, Term] = {}
+    ellipsis: Axes = ()
+    for spec, value in zip(inputs, tensors, strict=True):
+        before, dots, after = spec.partition("...")
+        axes = list(value.axes)
+        named = list(zip(before, axes[: len(before)], strict=True))
+        if after:
+            named += list(zip(after, axes[len(axes) - len(after) :], strict=True))
+        if dots:
+            ellipsis = op.broadcast(ellipsis, tuple(axes[len(before) : len(axes) - len(after)]))
+        seen: set[str] = set()
+        for letter, term in named:
+            if letter in seen:
+                op.freeze(term, "position", "a diagonal of it is read")
+            seen.add(letter)
+            if found.get(letter, UNIT):
+                if term:
+                    op.unify(found[letter], term)
+            else:
+                found[letter] = term
+        for dim in _dims_of(spec, value.ndim, {letter for letter in seen if letter not in right}):
+            op.contract(value, dim)
+    op.macs(tuple(atom for term in (*ellipsis, *found.values()) for atom in term))
+    before, dots, after = right.partition("...")
+    return (*(found[c] for c in before), *(ellipsis if dots else ()), *(found[c] for c in after))
+
+
+def _dims_of(spec: str, ndim: int, letters: set[str]) -> list[int]:
+    before, _, after = spec.partition("...")
+    dims = [i for i, c in enumerate(before) if c in letters]
+    return dims + [ndim - len(after) + i for i, c in enumerate(after) if c in letters]
+
+
+@rule("bilinear")
+def bilinear(op: Op, input1: Value, input2: Value, weight: Value, bias: Value | None = None) -> Axes:
+    """``y[o] = x1 @ weight[o] @ x2 + bias[o]``."""
+    op.unify(input1.axes[-1], weight.axes[1])
+    op.unify(input2.axes[-1], weight.axes[2])
+    for value, dim in ((input1, -1), (input2, -1), (weight, 1), (weight, 2)):
+        op.contract(value, dim)
+    if bias is not None:
+        op.unify(bias.axes[0], weight.axes[0])
+    lead = op.broadcast(input1.axes[:-1], input2.axes[:-1])
+    op.macs((*_product(lead), *_product(weight.axes)))
+    return (*lead, weight.axes[0])
+
+
+@rule("cdist", "pairwise_distance", "cosine_similarity", "cross")
+def between(op: Op) -> Axes:
+    """Distances and the like: both operands' axes stay whole."""
+    for value in op.operands():
+        for term in value.axes:
+            op.freeze(term, "mixed", "a distance is computed over it")
+    return tuple(op.solid(size, "mixed", "a distance is computed over it") for size in op.shape)

@@ -1,0 +1,77 @@
+"""Operations that work position by position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from irprune.ir.program import Axes
+from irprune.rules.infer import Op, Value
+from irprune.rules.registry import rule
+
+UNARY = """
+abs absolute acos acosh alpha_dropout asin asinh atan atanh bernoulli bitwise_not ceil celu clone contiguous cos cosh
+deg2rad detach digamma dropout elu erf erfc erfinv exp exp2 expm1 feature_dropout fix floor frac gelu hardshrink
+hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lgamma lift lift_fresh lift_fresh_copy log log10 log1p log2
+log_sigmoid logical_not logit mish nan_to_num neg negative positive rad2deg reciprocal relu relu6 round rrelu rsqrt selu sgn
+sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit special_ndtr sqrt square tan tanh threshold trunc
+alias _to_copy to type_as float double half int long bool zero fill exponential normal uniform
+native_dropout _assert_tensor_metadata requires_grad detach_copy alias_copy pin_memory special_erf special_log1p
+"""
+
+NARY = """
+add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift clamp clamp_max
+clamp_min clip copysign div divide eq floor_divide fmax fmin fmod ge greater greater_equal gt heaviside hypot ldexp le
+less less_equal lerp logaddexp logaddexp2 logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne
+nextafter not_equal pow remainder rsub sub subtract true_divide where xlogy special_xlogy __and__ __or__ __xor__ __lshift__
+__rshift__ isclose
+"""
+
+
+@rule(*(f"aten::{name}" for name in UNARY.split() if name != "type_as"))
+def unary(op: Op, **_: Any) -> Any:
+    """One tensor in, the same axes out."""
+    operand = op.first()
+    return [operand.axes] * len(op.results) if len(op.results) > 1 else operand.axes
+
+
+@rule("type_as")
+def type_as(op: Op, self: Value) -> Axes:
+    """Only the other operand's dtype is used."""
+    return self.axes
+
+
+@rule(*(f"aten::{name}" for name in NARY.split()))
+def nary(op: Op, **_: Any) -> Axes:
+    """Broadcast: aligned axes are the same axis."""
+    return op.broadcast(*(value.axes for value in op.operands()))
+
+
+@rule("copy", "copy_")
+def copy(op: Op, self: Value, src: Value) -> Axes:
+    """``self[...] = src``, broadcast to ``self``."""
+    op.broadcast(self.axes, src.axes)
+    return self.axes
+
+
+@rule("prelu", "_prelu_kernel")
+def prelu(op: Op, self: Value, weight: Value) -> Axes:
+    """``max(0, x) + weight * min(0, x)``; weight ``(C,)`` belongs to axis 1 of x, or is one number."""
+    if weight.ndim == 1 and weight.axes[0]:
+        op.unify(self.axes[1 if self.ndim > 1 else 0], weight.axes[0])
+    elif weight.ndim > 1:
+        return op.broadcast(self.axes, weight.axes)
+    return self.axes
+
+
+@rule("glu")
+def glu(op: Op, self: Value, dim: int = -1) -> Axes:
+    """``a * sigmoid(b)`` of the two halves of an axis, which become one."""
+    size = op.shape[dim]
+    halves = op.pieces(self.axes[dim], [size, size]) if isinstance(size, int) else None
+    out = list(self.axes)
+    if halves is None:
+        out[dim] = op.solid(size, "misaligned", "its halves cannot be told apart")
+    else:
+        op.unify(halves[0], halves[1])
+        out[dim] = halves[0]
+    return tuple(out)

@@ -1,0 +1,135 @@
+"""Sums, means, extremes and running sums over axes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from irprune.ir.program import Axes
+from irprune.rules.infer import Op, Value
+from irprune.rules.registry import bind, renormalise, rule
+
+if TYPE_CHECKING:
+    from irprune.backend.proof import Keep
+
+
+def reduced_dims(op: Op, value: Value) -> list[int]:
+    """The reduced axes, non-negative; all of them where the call names none."""
+    bound = bind(op.node.target, op.node.args, dict(op.node.kwargs))
+    dim = bound.get("dim", bound.get("axis"))
+    if dim is None or dim == []:
+        return list(range(value.ndim))
+    return [d % value.ndim for d in (dim if isinstance(dim, list | tuple) else [dim])] if value.ndim else []
+
+
+def drop(op: Op, value: Value, dims: list[int]) -> Axes:
+    bound = bind(op.node.target, op.node.args, dict(op.node.kwargs))
+    keepdim = bool(bound.get("keepdim", False))
+    return tuple(() if i in dims else term for i, term in enumerate(value.axes) if keepdim or i not in dims)
+
+
+@rule("sum", "nansum", "count_nonzero")
+def total(op: Op, self: Value) -> Axes:
+    """A zero removes an index from a sum exactly."""
+    dims = reduced_dims(op, self)
+    op.contract(self, *dims)
+    return drop(op, self, dims)
+
+
+@rule("linalg_vector_norm", "norm", "linalg_norm", "frobenius_norm")
+def vector_norm(op: Op, self: Value) -> Axes:
+    """A norm of positive finite order is a sum over positions: a zero removes one exactly."""
+    bound = bind(op.node.target, op.node.args, dict(op.node.kwargs))
+    order = bound.get("ord", bound.get("p", 2))
+    dims = reduced_dims(op, self)
+    if order is None or (isinstance(order, int | float) and 0 < order < float("inf")):
+        op.contract(self, *dims)
+    else:
+        for dim in dims:
+            op.freeze(self.axes[dim], "mixed", "a norm that is not a sum is computed over it")
+    return drop(op, self, dims)
+
+
+MIXED = {"mean": "mean", "nanmean": "mean", "var": "var", "std": "std", "prod": "prod", "logsumexp": "logsumexp"}
+MIXED |= {"amax": "max", "amin": "min", "max": "max", "min": "min", "all": "all", "any": "any"}
+
+
+@rule(*MIXED)
+def mixed(op: Op, self: Value, other: Value | None = None) -> Any:
+    """The result depends on which indices there are. ``max`` with two tensors is elementwise."""
+    if isinstance(other, Value):
+        return op.broadcast(self.axes, other.axes)
+    dims = reduced_dims(op, self)
+    name = op.node.target.__name__.split(".")[0]
+    if len(op.results) > 1:
+        for dim in dims:
+            op.freeze(self.axes[dim], "data-dependent", "the place of its extreme is an output")
+    else:
+        op.mix(self, MIXED[name], *dims)
+    axes = drop(op, self, dims)
+    return [axes] * len(op.results) if len(op.results) > 1 else axes
+
+
+@rule("var_mean", "std_mean", "aminmax")
+def several(op: Op, self: Value) -> list[Axes]:
+    dims = reduced_dims(op, self)
+    for dim in dims:
+        op.freeze(self.axes[dim], "mixed", "several statistics are computed over it at once")
+    return [drop(op, self, dims)] * len(op.results)
+
+
+@rule("argmax", "argmin", "median", "nanmedian", "mode", "kthvalue", "cummax", "cummin", "logcumsumexp", "cumprod", "quantile")
+def frozen_axis(op: Op, self: Value) -> Any:
+    """Positions or an order along the axis are the result: it stays whole."""
+    dims = reduced_dims(op, self)
+    for dim in dims:
+        op.freeze(self.axes[dim], "data-dependent", "its positions are compared")
+    name = op.node.target.__name__
+    axes = self.axes if name.startswith(("cum", "logcum")) else drop(op, self, dims)
+    return [axes] * len(op.results) if len(op.results) > 1 else axes
+
+
+@rule("cumsum")
+def cumsum(op: Op, self: Value, dim: int) -> Axes:
+    """A running sum: a zero leaves the sums at all other positions as they would be without it."""
+    if self.ndim:
+        op.contract(self, dim)
+    return self.axes
+
+
+def _dims(x: torch.Tensor, dim: Any) -> tuple[int, ...]:
+    if dim is None or dim == []:
+        return tuple(range(x.ndim))
+    return tuple(d % x.ndim for d in (dim if isinstance(dim, list | tuple) else [dim]))
+
+
+@renormalise("mean")
+def masked_mean(keep: Keep, self: torch.Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> torch.Tensor:
+    dims = _dims(self, dim)
+    mask = keep.mask("self", *dims)
+    count = mask.expand(self.shape).sum(dims, keepdim=keepdim)
+    return (torch.where(mask, self, 0).sum(dims, keepdim=keepdim) / count).to(keep.dtype)
+
+
+@renormalise("var", "std")
+def masked_var(keep: Keep, self: torch.Tensor, dim: Any = None, keepdim: bool = False, correction: Any = 1, unbiased: bool | None = None, **_: Any) -> torch.Tensor:
+    dims = _dims(self, dim)
+    mask = keep.mask("self", *dims)
+    count = mask.expand(self.shape).sum(dims, keepdim=True)
+    mean = torch.where(mask, self, 0).sum(dims, keepdim=True) / count
+    less = (1 if correction is None else correction) if unbiased is None else int(unbiased)
+    out = torch.where(mask, (self - mean) ** 2, 0).sum(dims, keepdim=True) / (count - less).clamp(min=0)
+    out = out.sqrt() if keep.name == "std" else out
+    return (out if keepdim else out.squeeze(dims)).to(keep.dtype)
+
+
+@renormalise("amax", "max", "logsumexp", "amin", "min", "prod", "any", "all")
+def masked_extreme(keep: Keep, self: torch.Tensor, dim: Any = None, **_: Any) -> torch.Tensor:
+    """What is gone gets the value that changes nothing: the least, the greatest, 1, or its truth."""
+    mask = keep.mask("self", *_dims(self, dim))
+    neutral: Any = {"amin": torch.inf, "min": torch.inf, "prod": 1, "any": False, "all": True}.get(keep.name, -torch.inf)
+    if not self.dtype.is_floating_point and self.dtype is not torch.bool and keep.name in ("amax", "max", "amin", "min"):
+        info = torch.iinfo(self.dtype)
+        neutral = info.min if keep.name in ("amax", "max") else info.max
+    return keep.call(self=self.masked_fill(~mask, neutral))

@@ -1,0 +1,366 @@
+"""A Program as an ONNX file.
+
+The call of a program takes and gives nested structures of tensors and constants; an ONNX file has
+flat named tensors. :class:`Signature` maps one to the other, :func:`export` writes the file.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import fx
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+import irprune
+from irprune.backend.archive import to_exported
+from irprune.errors import ExportError, IrpruneError
+from irprune.ir.facts import Note
+from irprune.ir.program import Program, location
+from irprune.pipeline.files import atomic
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+ExternalData = Literal["auto", "true", "false"]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+# A protobuf message ends at 2 GiB; an eighth of a GiB is left for the graph itself.
+INLINE_LIMIT_BYTES = 2**31 - 2**27
+_STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
+_OPERATION = re.compile(r"OpOverload\(op='([\w.]+)'|torch\.ops\.(\w+\.\w+)")
+
+
+@dataclass(frozen=True)
+class OnnxFile(Note):
+    """An ONNX file that was written.
+
+    Attributes:
+        path: The model file.
+        opset: Version of the operator set.
+        inputs: Name to shape of each input; a dynamic axis stands by its name.
+        outputs: Name to shape of each output.
+        size_bytes: Size of the model file with its external data.
+        external: Names of the files beside it that hold its weights.
+    """
+
+    path: Path
+    opset: int
+    inputs: Mapping[str, tuple[int | str, ...]]
+    outputs: Mapping[str, tuple[int | str, ...]]
+    size_bytes: int
+    external: tuple[str, ...] = ()
+
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "onnx": {
+                "file": self.path.name,
+                "opset": self.opset,
+                "inputs": {name: list(shape) for name, shape in self.inputs.items()},
+                "outputs": {name: list(shape) for name, shape in self.outputs.items()},
+                "size_bytes": self.size_bytes,
+                "external_data": list(self.external),
+            }
+        }
+
+
+@dataclass(frozen=True)
+class Result:
+    """One flat result of a call.
+
+    Attributes:
+        name: Name of the file's output, or ``None`` where the result is a constant.
+        value: The constant.
+        scalar: The program gives a plain number (a symbolic size), the file a tensor without axes.
+    """
+
+    name: str | None
+    value: Any = None
+    scalar: bool = False
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a program's call maps to the flat named tensors of its ONNX file.
+
+    Attributes:
+        parameters: Names of the arguments at the top level, positional ones first.
+        arguments: Structure of ``(args, kwargs)``.
+        feeds: Name of the file's input for each flat argument, ``None`` for one that is not a tensor.
+        outcome: Structure of the outputs.
+        results: One per flat output.
+    """
+
+    parameters: tuple[str, ...]
+    arguments: pytree.TreeSpec
+    feeds: tuple[str | None, ...]
+    outcome: pytree.TreeSpec
+    results: tuple[Result, ...]
+
+    @classmethod
+    def of(cls, program: Program) -> Signature:
+        graph = program.module.graph
+        assert isinstance(graph._codegen, _PyTreeCodeGen)
+        info = graph._codegen.pytree_info
+        assert info.out_spec is not None
+        holders = graph.find_nodes(op="placeholder")
+        feeds = tuple(name if _is_tensor(node) else None for name, node in zip(program.interface.inputs, holders, strict=True))
+        leaves = _leaves(graph)
+        wanted = program.interface.outputs or [f"output{position}" for position in range(len(leaves))]
+        results = tuple(
+            Result(name, scalar=not _is_tensor(leaf)) if isinstance(leaf, fx.Node) else Result(None, leaf)
+            for name, leaf in zip(_unique(wanted, taken=filter(None, feeds)), leaves, strict=True)
+        )
+        return cls(tuple(info.orig_args), info.in_spec, feeds, info.out_spec, results)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(name for name in self.feeds if name is not None)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(result.name for result in self.results if result.name is not None)
+
+
+def export(program: Program, path: Path, *, opset: int = 20, optimize: bool = True, external_data: ExternalData = "auto") -> OnnxFile:
+    """Write a program as an ONNX file.
+
+    The file appears under its name only when whole, its external data before it. Inputs, outputs and
+    dynamic axes carry the names of the program's interface, weights the model's own names; a weight
+    that the file stores transposed ends in ``.T``. The file holds no paths of this machine.
+
+    Args:
+        program: The program, its weights in memory.
+        path: The model file; external data stands beside it as ``<name>.data``.
+        opset: Version of the operator set.
+        optimize: Fold constants and fuse operations.
+        external_data: Weights beside the model file; ``auto`` does so where they exceed what one
+            file can hold (2 GiB).
+
+    Raises:
+        ExportError: The program cannot be expressed; names the operation and the model's line.
+        OutputError: The file cannot be written.
+    """
+    import onnx
+    import onnx_ir
+
+    meta = next((name for name, tensor in program.tensors.items() if tensor.is_meta), None)
+    if meta is not None:
+        raise ExportError(f"the weight '{meta}' has no data (meta device)", hint="load the model with its weights, or leave out 'export'")
+    signature = Signature.of(program)
+    flat = flattened(program, signature)
+    with _quiet():
+        try:
+            written = torch.onnx.export(to_exported(flat), verbose=False, optimize=False, opset_version=opset)
+            assert written is not None
+            transposed = _transposed_weights(written.model)
+            if optimize:
+                written.optimize()
+        except IrpruneError:
+            raise
+        except Exception as error:
+            raise _failure(error, program) from error
+        model = written.model
+        _name(model, flat, transposed)
+    _verify(model, flat, opset)
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if external_data == "false" and size > INLINE_LIMIT_BYTES:
+        raise ExportError(
+            f"{size / 2**30:.1f} GiB of weights do not fit in one ONNX file", hint="give external_data=auto, or external_data=true"
+        )
+    external = external_data == "true" or size > INLINE_LIMIT_BYTES
+    data = f"{path.name}.data"
+    with atomic(path) as part:
+        onnx_ir.save(model, part, external_data=data if external else None, size_threshold_bytes=1024)
+        try:
+            onnx.checker.check_model(str(part))
+        except onnx.checker.ValidationError as error:
+            raise ExportError(f"the exported model is not valid ONNX: {_first_line(error)}", hint=_HINT) from error
+    companion = path.with_name(data)
+    if not external:
+        companion.unlink(missing_ok=True)
+    files = [path, companion] if companion.exists() else [path]
+    return OnnxFile(
+        path=path,
+        opset=opset,
+        inputs={name: _shape(value) for name, value in zip(signature.inputs, model.graph.inputs, strict=True)},
+        outputs={name: _shape(value) for name, value in zip(signature.outputs, model.graph.outputs, strict=True)},
+        size_bytes=sum(file.stat().st_size for file in files),
+        external=tuple(file.name for file in files[1:]),
+    )
+
+
+_HINT = "leave out 'export' (model.pt2 is written without it), or write the operation in other ones"
+
+
+def flattened(program: Program, signature: Signature) -> Program:
+    """The same program with flat tensors in and out, each output a value of its own.
+
+    Constants among the inputs and outputs are dropped (the trace has folded them in), sizes among
+    the outputs become tensors without axes. Its interface names what the ONNX file will have.
+    """
+    graph = copy.deepcopy(program.module.graph)
+    for node, feed in zip(graph.find_nodes(op="placeholder"), signature.feeds, strict=True):
+        if feed is None:
+            graph.erase_node(node)
+    output = graph.output_node()
+    results: list[fx.Node] = []
+    for leaf in _leaves(graph):
+        if not isinstance(leaf, fx.Node):
+            continue
+        with graph.inserting_before(output):
+            if not _is_tensor(leaf):
+                dtype = {torch.SymFloat: torch.float64, torch.SymBool: torch.bool}.get(type(leaf.meta.get("val")), torch.int64)
+                leaf = graph.call_function(torch.ops.aten.scalar_tensor.default, (leaf,), {"dtype": dtype})
+            elif leaf.op != "call_function" or leaf in results:
+                leaf = graph.call_function(torch.ops.aten.clone.default, (leaf,))
+        results.append(leaf)
+    output.args = (tuple(results),)
+    values = pytree.tree_leaves(program.interface.example)
+    kept = [position for position, feed in enumerate(signature.feeds) if feed is not None]
+    example: Call = (tuple(values[position] for position in kept), {})
+    out_spec = pytree.tree_structure(signature.outputs)
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(signature.inputs), pytree.tree_structure(example), out_spec)))
+    interface = dataclasses.replace(
+        program.interface,
+        example=example,
+        dynamic=tuple(program.interface.dynamic[position] for position in kept),
+        inputs=signature.inputs,
+        outputs=signature.outputs,
+    )
+    return dataclasses.replace(program.with_graph(graph), interface=interface)
+
+
+def _leaves(graph: fx.Graph) -> list[Any]:
+    """The flat results; a single one may stand bare."""
+    value = graph.output_node().args[0]
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and (node.op == "get_attr" or isinstance(node.meta.get("val"), torch.Tensor))
+
+
+def _unique(names: Iterable[str], taken: Iterable[str]) -> list[str]:
+    """The names, changed where they are taken: ONNX has one name space for all values."""
+    used = set(taken)
+    out: list[str] = []
+    for name in names:
+        unique = next(
+            candidate for candidate in itertools.chain([name], (f"{name}_{n}" for n in itertools.count(1))) if candidate not in used
+        )
+        used.add(unique)
+        out.append(unique)
+    return out
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of what is not installed and not needed; its errors come as exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _transposed_weights(model: onnx_ir.Model) -> dict[str, str]:
+    """Values that are a transposed weight: their name to the weight's."""
+    weights = model.graph.initializers
+    return {
+        str(node.outputs[0].name): str(node.inputs[0].name)
+        for node in model.graph
+        if node.op_type == "Transpose" and node.inputs[0] is not None and node.inputs[0].name in weights
+    }
+
+
+def _name(model: onnx_ir.Model, flat: Program, transposed: Mapping[str, str]) -> None:
+    """Give inputs, outputs, axes and folded weights their names, and drop what tells of this machine."""
+    import onnx_ir
+    from torch.onnx._internal.exporter._ir_passes import rename_axis
+
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        if name in transposed:
+            value.name = f"{transposed[name]}.T"
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph.all_nodes() for value in node.outputs)]
+    bounds = dict(zip([*graph.inputs, *graph.outputs], [*flat.interface.inputs, *flat.interface.outputs], strict=True))
+    for value in values:
+        if value not in bounds and value.name in bounds.values():
+            value.name = f"{value.name}_inner"
+    for position, value in enumerate(bounds):
+        value.name = f"irprune_bound_{position}"
+    for value, name in bounds.items():
+        value.name = name
+    axes: dict[str | onnx_ir.SymbolicDim, str] = {}
+    for value, labels in zip(graph.inputs, flat.interface.dynamic, strict=True):
+        for axis, label in labels.items():
+            dim = value.shape[axis] if value.shape is not None else None
+            if isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None:
+                axes.setdefault(dim.value, label)
+    rename_axis(model, axes)
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = None
+    model.producer_name, model.producer_version = "irprune", irprune.__version__
+
+
+def _verify(model: onnx_ir.Model, flat: Program, opset: int) -> None:
+    """The promises of :func:`export` that no other tool checks."""
+    import onnx_ir
+
+    if (found := model.opset_imports.get("")) != opset:
+        raise ExportError(f"the model cannot be converted to opset {opset}, it stays at {found}", hint=f"give opset={found}")
+    own = {function.domain for function in model.functions.values()}
+    for node in model.graph.all_nodes():
+        if node.domain not in (*_STANDARD_DOMAINS, *own):
+            raise ExportError(f"operation '{node.domain}::{node.op_type}' is not part of ONNX", where=node.name, hint=_HINT)
+    for value, labels in zip(model.graph.inputs, flat.interface.dynamic, strict=True):
+        for axis, label in labels.items():
+            if value.shape is None or not isinstance(value.shape[axis], onnx_ir.SymbolicDim):
+                raise ExportError(
+                    f"the dynamic axis '{label}' became the fixed size {value.shape[axis] if value.shape is not None else None}",
+                    where=f"input {value.name}, axis {axis}",
+                    hint="declare the axis static in dynamic_axes(), or keep the model from reading its size as a number",
+                )
+
+
+def _shape(value: onnx_ir.Value) -> tuple[int | str, ...]:
+    return tuple(dim if isinstance(dim, int) else str(dim.value or "?") for dim in value.shape or ())
+
+
+def _failure(error: Exception, program: Program) -> ExportError:
+    """What went wrong, at which operation and line of the model, as far as the exporter tells."""
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__
+    operation = next((found[1] or found[2] for cause in reversed(causes) if (found := _OPERATION.search(str(cause)))), None)
+    node = next((node for node in program.nodes if operation and f"{node.target}.".startswith(f"{operation.replace('::', '.')}.")), None)
+    where = None if node is None else f"%{node.name} ({location(node) or 'line unknown'})"
+    subject = f"operation '{operation}'" if operation else "the program"
+    return ExportError(f"{subject} cannot be expressed in ONNX: {_first_line(causes[-1])}", where=where, hint=_HINT)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,446 @@
+"""Run an ONNX file like the program that it came from, compare the two, and time them."""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils import _pytree as pytree
+
+from irprune.backend.onnx import Call, Signature
+from irprune.errors import DataError, ExportError, ParityError
+from irprune.ir.program import Interface, Program
+from irprune.pipeline.progress import track
+
+Provider = Literal["auto", "cpu", "cuda"]
+
+# Largest error that counts as equal, relative to the largest magnitude of an output: some hundred
+# roundings, as two libraries sum in different order; a wrong weight shows at a thousand times this.
+RELATIVE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# An output below this magnitude is judged as if it had it: what cancels out is rounding noise.
+_SMALLEST_SCALE = 1e-2
+
+
+class Session:
+    """An ONNX file in onnxruntime, called as its program is.
+
+    Args:
+        path: The model file; external data is found beside it.
+        program: The program that the file was exported from: its call structure is taken over.
+        threads: Threads within one operation; 0 leaves the choice to onnxruntime.
+        provider: Where it runs; ``auto`` takes CUDA where onnxruntime offers it.
+
+    Raises:
+        ExportError: onnxruntime cannot load the file, for one because it has no kernel for an
+            operation in this dtype.
+    """
+
+    def __init__(self, path: Path, program: Program, *, threads: int = 0, provider: Provider = "auto") -> None:
+        import onnxruntime
+
+        self.path = path
+        self.signature = Signature.of(program)
+        parameters = self.signature.parameters
+        self._binder = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters])
+        self._positional = len(self.signature.arguments.child(0).children())
+        available = onnxruntime.get_available_providers()
+        if provider == "cuda" and "CUDAExecutionProvider" not in available:
+            raise ExportError("onnxruntime has no CUDA provider here", hint="install onnxruntime-gpu, or give provider=cpu")
+        self.device = "cuda" if provider != "cpu" and "CUDAExecutionProvider" in available else "cpu"
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        # A pool that spins after its run takes the cores from whatever is timed next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # the binding's own exceptions share no narrower base
+            raise _unloadable(path, error) from error
+        self._elements = {value.name: value.type for value in self._session.get_inputs()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs in the model's own structure, tensors on the device of the first input.
+
+        Raises:
+            DataError: The arguments do not fit the model: structure, dtype or a fixed size.
+        """
+        feeds = self._feeds(args, kwargs)
+        home = next(iter(feeds.values())).device if feeds else torch.device("cpu")
+        binding, run = self._bind(feeds)
+        run()
+        tensors = (torch.utils.dlpack.from_dlpack(value).to(home) for value in binding.get_outputs())
+        leaves = [
+            result.value if result.name is None else next(tensors).item() if result.scalar else next(tensors)
+            for result in self.signature.results
+        ]
+        return pytree.tree_unflatten(leaves, self.signature.outcome)
+
+    def runner(self, *args: Any, **kwargs: Any) -> Callable[[], None]:
+        """A function without arguments that only runs the model on these ones, for timing."""
+        return self._bind(self._feeds(args, kwargs))[1]
+
+    def _bind(self, feeds: Mapping[str, torch.Tensor]) -> tuple[Any, Callable[[], None]]:
+        binding = self._session.io_binding()
+        held = {name: tensor.detach().to(self.device).contiguous() for name, tensor in feeds.items()}
+        for name, tensor in held.items():
+            binding.bind_input(name, self.device, 0, _element(tensor), tuple(tensor.shape), tensor.data_ptr())
+        for name in self.signature.outputs:
+            binding.bind_output(name, self.device)
+
+        def run() -> None:
+            try:
+                self._session.run_with_iobinding(binding)
+            except Exception as error:
+                shapes = ", ".join(f"{name} {_ONNX_NAME[tensor.dtype]}{list(tensor.shape)}" for name, tensor in held.items())
+                raise DataError(
+                    f"onnxruntime cannot run the model on {shapes}: {_first_line(error)}",
+                    where=str(self.path),
+                    hint="give the example's sizes on all axes that are not dynamic",
+                ) from error
+
+        return binding, run
+
+    def _feeds(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        expected = f"the model takes ({', '.join(self.signature.parameters)}) as in example_inputs()"
+        try:
+            bound = self._binder.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise DataError(f"arguments do not fit: {error}; {expected}", hint="call predict as the model is called") from error
+        values = list(bound.items())
+        ordered = (tuple(value for _, value in values[: self._positional]), dict(values[self._positional :]))
+        leaves, structure = pytree.tree_flatten(ordered)
+        if structure != self.signature.arguments:
+            raise DataError(f"arguments do not have the example's structure; {expected}", hint="call predict as the model is called")
+        feeds = {name: leaf for name, leaf in zip(self.signature.feeds, leaves, strict=True) if name is not None}
+        for name, leaf in feeds.items():
+            if not isinstance(leaf, torch.Tensor):
+                raise DataError(f"input '{name}' is a {type(leaf).__name__}, not a tensor; {expected}", hint="give a torch tensor")
+            if (given := f"tensor({_ONNX_NAME.get(leaf.dtype, leaf.dtype)})") != self._elements[name]:
+                raise DataError(f"input '{name}' is a {given}, the model takes a {self._elements[name]}", hint="convert it with .to()")
+        return feeds
+
+
+_ONNX_NAME = {
+    torch.float64: "double",
+    torch.float32: "float",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.int16: "int16",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+
+
+def _element(tensor: torch.Tensor) -> int:
+    from onnx import TensorProto
+
+    name = _ONNX_NAME[tensor.dtype].upper()
+    return int(TensorProto.DataType.Value(name))
+
+
+def _unloadable(path: Path, error: Exception) -> ExportError:
+    hint = "give the model in float32 (model.float()), or validate where onnxruntime has a CUDA provider"
+    if "NOT_IMPLEMENTED" not in str(error) and "Could not find an implementation" not in str(error):
+        hint = "export again with another opset, or with optimize=false"
+    return ExportError(f"onnxruntime cannot load the file: {_first_line(error)}", where=str(path), hint=hint)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# -- inputs -----------------------------------------------------------------------------------------
+
+
+def fresh_inputs(interface: Interface, sizes: Mapping[str, int] | None = None, *, seed: int = 0) -> Call:
+    """Random ``(args, kwargs)`` like the example.
+
+    Integers are drawn between zero and the example's largest (indices stay valid; where the example
+    has negative ones, from its own values), numbers from a normal distribution with the example's mean
+    and deviation within its range. What is a mask in the example (zeros and ones) is all ones.
+
+    Args:
+        interface: Of the program.
+        sizes: Label of a dynamic axis to its size; the example's size where it is missing.
+        seed: Seed of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    leaves, spec = pytree.tree_flatten(interface.example)
+    fresh = []
+    for leaf, labels in zip(leaves, interface.dynamic, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            shape = [(sizes or {}).get(labels.get(axis, ""), size) for axis, size in enumerate(leaf.shape)]
+            leaf = _draw(leaf, shape, generator)
+        fresh.append(leaf)
+    args, kwargs = pytree.tree_unflatten(fresh, spec)
+    return args, kwargs
+
+
+def _draw(example: torch.Tensor, shape: list[int], generator: torch.Generator) -> torch.Tensor:
+    values = example.detach().cpu().flatten()
+    if values.numel() == 0:
+        return example.new_zeros(shape)
+    wide = values.to(torch.float64) if values.is_floating_point() else values.to(torch.int64)
+    low, high = wide.min(), wide.max()
+    if bool(((wide == 0) | (wide == 1)).all()) and high == 1:
+        return torch.ones(shape, dtype=example.dtype, device=example.device)
+    if not values.is_floating_point() and low >= 0:
+        drawn = torch.randint(0, int(high) + 1, shape, generator=generator)
+    elif not values.is_floating_point() or not bool(wide.isfinite().all()):
+        drawn = wide[torch.randint(0, len(wide), shape, generator=generator)]
+    else:
+        deviation = wide.std(correction=0)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * (deviation if deviation > 0 else 1) + wide.mean()
+        if deviation > 0:
+            drawn = drawn.clamp(low, high)
+    return drawn.to(example.dtype).to(example.device)
+
+
+def dynamic_sizes(interface: Interface) -> dict[str, int]:
+    """Label of each dynamic axis to its size in the example."""
+    leaves = pytree.tree_leaves(interface.example)
+    return {label: leaf.shape[axis] for leaf, labels in zip(leaves, interface.dynamic, strict=True) for axis, label in labels.items()}
+
+
+# -- parity -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parity:
+    """That a file computes what its program computes.
+
+    Attributes:
+        max_abs_err: The largest absolute difference, at the output and sizes where it came closest to
+            what is allowed.
+        tolerance: What was allowed there.
+        sizes: The sizes of the dynamic axes that were compared.
+    """
+
+    max_abs_err: float
+    tolerance: float
+    sizes: tuple[dict[str, int], ...]
+
+
+def parity(
+    program: Program, session: Session, *, batch: Sequence[int] = (), relative_tolerance: float | None = None, seed: int = 0
+) -> Parity:
+    """Compare onnxruntime with torch on fresh random inputs, every output, at several sizes.
+
+    Each dynamic axis is tried at the example's size and at another one (one more, twice, or one less:
+    the first that the program itself can do), the axis ``batch`` also at one.
+
+    Args:
+        program: The reference.
+        session: The file.
+        batch: Sizes of the axis ``batch`` instead of these.
+        relative_tolerance: Allowed error over the largest magnitude of an output; by default
+            :data:`RELATIVE_TOLERANCE` of the program's coarsest dtype. Integers and booleans must be equal.
+        seed: Seed of the inputs.
+
+    Raises:
+        ParityError: Shapes, dtypes or values differ, or onnxruntime cannot run a size that torch can.
+        DataError: The program itself cannot run on such inputs.
+    """
+    relative = relative_tolerance or RELATIVE_TOLERANCE[_precision(program)]
+    closest = (-1.0, 0.0, 0.0)
+    cases = _cases(program, batch, seed)
+    for sizes, expected in track(cases, "parity"):
+        args, kwargs = fresh_inputs(program.interface, sizes, seed=seed)
+        try:
+            found = session(*args, **kwargs)
+        except DataError as error:
+            raise ParityError(f"torch can, but {error.message}", where=_sizes(sizes), hint=_HINT) from error
+        leaves = (pytree.tree_leaves(outputs) for outputs in (expected, found))
+        for result, want, got in zip(session.signature.results, *leaves, strict=True):
+            if result.name is not None:
+                where = f"output {result.name}" + (f", {_sizes(sizes)}" if sizes else "")
+                closest = max(closest, _compare(torch.as_tensor(want), torch.as_tensor(got), relative, where))
+    return Parity(closest[1], closest[2], tuple(sizes for sizes, _ in cases))
+
+
+_HINT = "try 'export' with optimize=false or another opset; do not use this file"
+
+
+def _cases(program: Program, batch: Sequence[int], seed: int) -> list[tuple[dict[str, int], Any]]:
+    """Sizes of the dynamic axes and what the program answers to fresh inputs of them."""
+    interface = program.interface
+    example = dynamic_sizes(interface)
+
+    def attempt(sizes: dict[str, int]) -> tuple[dict[str, int], Any]:
+        args, kwargs = fresh_inputs(interface, sizes, seed=seed)
+        with torch.no_grad():
+            return sizes, program(*args, **kwargs)
+
+    def first(options: Iterable[dict[str, int]]) -> tuple[dict[str, int], Any]:
+        failure: Exception | None = None
+        for sizes in options:
+            try:
+                return attempt(sizes)
+            except Exception as error:  # whatever the model raises where a size does not suit it
+                failure = failure or error
+        raise DataError(
+            f"the program cannot run on random inputs like its example: {_first_line(failure or RuntimeError('no size'))}",
+            where=_sizes(sizes),
+            hint="give example inputs that are typical, or declare the axis static in dynamic_axes()",
+        ) from failure
+
+    def others(sizes: Mapping[str, int]) -> Iterable[dict[str, int]]:
+        fixed = {"batch": sizes["batch"]} if batch and "batch" in sizes else {}
+        for change in (lambda size: size + 1, lambda size: 2 * size, lambda size: max(size - 1, 1)):
+            yield {**{label: change(size) for label, size in sizes.items()}, **fixed}
+
+    if not example:
+        return [first([example])]
+    if batch and "batch" in example:
+        starts = [{**example, "batch": size} for size in batch]
+        return [first([start]) if number % 2 == 0 else first(others(start)) for number, start in enumerate(starts)]
+    cases = [first([example]), first(others(example))]
+    if example.get("batch", 1) > 1:
+        cases.append(first([{**example, "batch": 1}]))
+    return cases
+
+
+def _compare(want: torch.Tensor, got: torch.Tensor, relative: float, where: str) -> tuple[float, float, float]:
+    """The error over its tolerance, the error and the tolerance; raises where it is larger."""
+    if want.shape != got.shape or want.dtype != got.dtype:
+        raise ParityError(
+            f"onnxruntime gives {_ONNX_NAME[got.dtype]}{list(got.shape)}, torch {_ONNX_NAME[want.dtype]}{list(want.shape)}",
+            where=where,
+            hint=_HINT,
+        )
+    if want.numel() == 0:
+        return 0.0, 0.0, 0.0
+    exact = not want.is_floating_point()
+    a, b = want.detach().double(), got.double()
+    finite = a.isfinite()
+    if not bool(finite.any()):
+        raise ParityError("torch gives no finite value on random inputs, so nothing can be compared", where=where, hint=_HINT_FINITE)
+    if not torch.equal(finite, b.isfinite()) or not torch.equal(a[~finite].nan_to_num(), b[~finite].nan_to_num()):
+        raise ParityError("onnxruntime gives NaN or infinity elsewhere than torch", where=where, hint=_HINT)
+    error = float((a[finite] - b[finite]).abs().max())
+    tolerance = 0.0 if exact else relative * max(float(a[finite].abs().max()), _SMALLEST_SCALE)
+    if error > tolerance:
+        raise ParityError(f"onnxruntime differs from torch by {error:.3g}, allowed is {tolerance:.3g}", where=where, hint=_HINT)
+    return error / tolerance if tolerance else 0.0, error, tolerance
+
+
+_HINT_FINITE = "give example inputs with typical values: random ones are drawn alike"
+
+
+def _precision(program: Program) -> torch.dtype:
+    """The coarsest floating dtype of weights, inputs and results."""
+    tensors = [*program.tensors.values(), *pytree.tree_leaves(program.interface.example)]
+    values = (node.meta.get("val") for node in program.nodes)
+    dtypes = {tensor.dtype for tensor in (*tensors, *values) if isinstance(tensor, torch.Tensor)}
+    return max(dtypes & RELATIVE_TOLERANCE.keys(), key=RELATIVE_TOLERANCE.__getitem__, default=torch.float32)
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{label} = {size}" for label, size in sizes.items())
+
+
+# -- latency ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long one call takes.
+
+    Attributes:
+        median_ms: Median over the rounds, in milliseconds.
+        iqr_ms: Interquartile range: the spread that outliers do not move.
+        rounds: How many rounds were timed.
+    """
+
+    median_ms: float
+    iqr_ms: float
+    rounds: int
+
+
+_WARM_UP = 3
+_FEWEST_ROUNDS = 5
+
+
+def latency(
+    *calls: Callable[[], Any],
+    rounds: int = 100,
+    seconds: float = 10.0,
+    sample_ms: float = 5.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[Latency, ...]:
+    """Time functions side by side: every round times each of them, in alternating order.
+
+    What disturbs the machine for a while disturbs all of them alike. A sample repeats a fast function
+    until it fills ``sample_ms``, which hides the clock's grain and the cost of changing over.
+
+    Args:
+        calls: The functions; what they return is dropped.
+        rounds: Most rounds.
+        seconds: No round starts after this time, but there are at least five.
+        sample_ms: Least duration of a sample, in milliseconds.
+        clock: Seconds, for tests.
+
+    Returns:
+        One :class:`Latency` per function.
+    """
+    start = clock()
+    repeats = []
+    for call in calls:
+        for _ in range(_WARM_UP):
+            began = clock()
+            call()
+            took = clock() - began
+        repeats.append(max(1, round(sample_ms / 1000 / took)) if took > 0 else 1000)
+    samples: list[list[float]] = [[] for _ in calls]
+    order = list(range(len(calls)))
+    for number in track(range(rounds), "latency"):
+        if number >= _FEWEST_ROUNDS and clock() - start > seconds:
+            break
+        for which in order if number % 2 == 0 else reversed(order):
+            call, repeat = calls[which], repeats[which]
+            began = clock()
+            for _ in range(repeat):
+                call()
+            samples[which].append((clock() - began) / repeat * 1000)
+    return tuple(_summary(each) for each in samples)
+
+
+def _summary(samples: list[float]) -> Latency:
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return Latency(median, high - low, len(samples))
+
+
+def runner(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], None]:
+    """A function without arguments that runs a program without gradients and waits for its device."""
+    wait = torch.cuda.synchronize if any(tensor.is_cuda for tensor in program.tensors.values()) else None
+
+    def run() -> None:
+        with torch.inference_mode():
+            program(*args, **kwargs)
+            if wait is not None:
+                wait()
+
+    return run
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Run torch with this many threads; 0 leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -28,10 +28,9 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.graph import _PyTreeCodeGen
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
-from irprune.errors import ExportError, ParityError
+from irprune.errors import ParityError
 from irprune.ir.program import Program
 from irprune.pipeline.files import atomic
 
@@ -40,13 +39,10 @@ def to_exported(program: Program) -> ExportedProgram:
     """The program as an ``ExportedProgram`` of torch's training IR; tensors are shared.
 
     The graph is lifted as it is (parameters and buffers become inputs) instead of traced again: that
-    takes a fraction of the time and changes no operation. Shapes are propagated anew from the inputs.
+    takes a fraction of the time and changes no operation.
 
     Containers that only a model's library knows (an output dataclass) become plain dictionaries by
     field name, so that the archive loads where that library is not installed.
-
-    Raises:
-        ExportError: The program cannot be run on symbolic shapes.
     """
     graph = copy.deepcopy(program.module.graph)
     codegen = graph._codegen
@@ -57,7 +53,6 @@ def to_exported(program: Program) -> ExportedProgram:
     users = [_argument(node, leaf) for node, leaf in zip(graph.find_nodes(op="placeholder"), leaves, strict=True)]
     graph.set_codegen(fx.graph.CodeGen())
     inputs = [*_lift(program, graph), *(InputSpec(InputKind.USER_INPUT, arg, None) for arg in users)]
-    _propagate(program, graph)
     results = pytree.tree_leaves(graph.output_node().args[0])
     graph.output_node().args = (tuple(results),)
     outputs = [_argument(result, result.meta["val"]) if isinstance(result, fx.Node) else ConstantArgument("", result) for result in results]
@@ -83,33 +78,19 @@ def _argument(node: fx.Node, value: Any) -> TensorArgument | SymIntArgument | Co
 def _lift(program: Program, graph: fx.Graph) -> list[InputSpec]:
     """Put a placeholder in place of every parameter and buffer, before those of the user."""
     specs = []
+    mode = next(node.meta["val"].fake_mode for node in graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
     with graph.inserting_before(next(iter(graph.nodes))):
-        for name in program.tensors:
+        for name, tensor in program.tensors.items():
             kind, prefix = (InputKind.PARAMETER, "p") if program.is_parameter(name) else (InputKind.BUFFER, "b")
             node = graph.placeholder(f"{prefix}_{name.replace('.', '_')}")
             node.target = node.name
+            node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
             for old in graph.find_nodes(op="get_attr", target=name):
                 old.replace_all_uses_with(node)
                 graph.erase_node(old)
             persistent = None if kind is InputKind.PARAMETER else True
             specs.append(InputSpec(kind, TensorArgument(node.name), name, persistent))
     return specs
-
-
-def _propagate(program: Program, graph: fx.Graph) -> None:
-    """Compute the symbolic value of every node from those of the inputs."""
-    tensors = iter(program.tensors.values())
-    placeholders = graph.find_nodes(op="placeholder")
-    mode = next(node.meta["val"].fake_mode for node in placeholders if isinstance(node.meta.get("val"), FakeTensor))
-    values = []
-    for node in placeholders[: len(program.tensors)]:
-        node.meta["val"] = mode.from_tensor(next(tensors), static_shapes=True)
-    for node in placeholders:
-        values.append(node.meta.get("val"))
-    try:
-        FakeTensorProp(fx.GraphModule({}, graph), mode).propagate_dont_convert_inputs(*values)
-    except Exception as error:
-        raise ExportError(f"the program cannot be run on symbolic shapes: {error}", hint="report this with the model") from error
 
 
 def _ranges(graph: fx.Graph) -> dict[Any, Any]:
@@ -147,7 +128,6 @@ def save_pt2(program: Program, path: str | os.PathLike[str]) -> None:
     under its name.
 
     Raises:
-        ExportError: The program cannot be written in this form.
         ParityError: The file answers differently.
         OutputError: The file cannot be written.
     """

@@ -6,8 +6,8 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from irprune.errors import OutputError
@@ -51,6 +51,76 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def staged(path: str | os.PathLike[str], *, force: bool = False, artefacts: Collection[str] = (), last: str = "") -> Iterator[Path]:
+    """Fill a directory so that it appears under its name only when complete.
+
+    Yields a hidden directory next to the target. When the body ends it takes the target's place; when
+    the body raises, nothing of it stays. The name is reserved at once, so a place that cannot be
+    written is found before the work.
+
+    Args:
+        path: The directory; it may exist if it is empty.
+        force: Also take a directory that is not empty. Files of the same names are replaced, other
+            files stay.
+        artefacts: File names that are removed from such a directory where the body has not written them.
+        last: The file that appears last in such a directory, and is removed first.
+
+    Raises:
+        OutputError: The directory is not empty, or cannot be written.
+    """
+    path = Path(path)
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    stage = path.parent / f".{path.name}.{os.getpid()}.part"
+    done = False
+    try:
+        with _writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            occupied = any(path.iterdir())
+            if occupied and not force:
+                hint = "give another place with --out, or replace it with --force"
+                raise OutputError("the directory is not empty", where=str(path), hint=hint)
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir()
+        yield stage
+        with _writing(path):
+            if occupied:
+                _merge(stage, path, artefacts, last)
+            else:
+                os.replace(stage, path)
+        done = True
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        for folder in () if done else created:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(path, error.strerror or str(error)) from error
+
+
+def _merge(stage: Path, path: Path, artefacts: Collection[str], last: str) -> None:
+    (path / last).unlink(missing_ok=True)
+    written = sorted(stage.iterdir(), key=lambda file: file.name == last)
+    for name in set(artefacts) - {file.name for file in written}:
+        (path / name).unlink(missing_ok=True)
+    for file in written:
+        os.replace(file, path / file.name)
+
+
+def numbered(folder: str | os.PathLike[str], stem: str) -> Path:
+    """The first ``folder/stem-<n>`` that does not exist."""
+    number = 1
+    while (path := Path(folder) / f"{stem}-{number}").exists():
+        number += 1
+    return path
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

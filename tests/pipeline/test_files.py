@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from irprune.errors import OutputError
-from irprune.pipeline.files import atomic, sha256, write_text
+from irprune.pipeline.files import atomic, numbered, sha256, staged, write_text
 
 
 def listing(folder: Path) -> list[str]:
@@ -78,3 +78,67 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def fill(path: Path, error: BaseException | None = None, **options: object) -> None:
+    with staged(path, **options) as folder:  # type: ignore[arg-type]
+        (folder / "model.bin").write_text("new")
+        (folder / "manifest.json").write_text("new")
+        assert not (path / "model.bin").exists() or (path / "model.bin").read_text() == "old"
+        if error is not None:
+            raise error
+
+
+def test_a_directory_appears_when_complete(tmp_path: Path) -> None:
+    fill(tmp_path / "runs" / "toy-1")
+    assert listing(tmp_path) == ["runs", "runs/toy-1", "runs/toy-1/manifest.json", "runs/toy-1/model.bin"]
+    assert numbered(tmp_path / "runs", "toy") == tmp_path / "runs" / "toy-2"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("ours"), KeyboardInterrupt(), OutputError("full")])
+def test_a_failure_leaves_no_directory(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        fill(tmp_path / "runs" / "toy-1", error)
+    assert listing(tmp_path) == []
+
+
+def test_a_directory_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("old")
+    with pytest.raises(OutputError) as caught:
+        fill(tmp_path)
+    assert str(caught.value) == (
+        f"[output] at {tmp_path}: the directory is not empty\n  to go on: give another place with --out, or replace it with --force"
+    )
+    assert listing(tmp_path) == ["mine.txt"]
+
+
+def old_run(path: Path) -> list[str]:
+    path.mkdir()
+    for name in ("manifest.json", "model.bin", "model.onnx", "mine.txt"):
+        (path / name).write_text("old")
+    return listing(path)
+
+
+def test_force_replaces_what_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
+    old_run(tmp_path / "out")
+    fill(tmp_path / "out", force=True, artefacts=("manifest.json", "model.bin", "model.onnx"), last="manifest.json")
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
+        "manifest.json": "new",
+        "model.bin": "new",
+        "mine.txt": "old",
+    }
+    assert listing(tmp_path) == ["out", "out/manifest.json", "out/mine.txt", "out/model.bin"]
+
+
+def test_force_that_fails_leaves_the_old_run(tmp_path: Path) -> None:
+    before = old_run(tmp_path / "out")
+    with pytest.raises(ValueError):
+        fill(tmp_path / "out", ValueError("ours"), force=True, artefacts=("model.onnx",), last="manifest.json")
+    assert listing(tmp_path / "out") == before
+    assert listing(tmp_path) == ["out", *(f"out/{name}" for name in before)]
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputError, match=r"cannot write: (Not a directory|File exists)"):
+        fill(tmp_path / "file" / "out", AssertionError("the body must not run"))

@@ -8,39 +8,39 @@ guards, assertions, gradient-mode regions, slices and casts that change nothing,
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
-import re
-import sysconfig
+import logging
+import operator
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
-from torch.export import Dim
+from torch._subclasses.fake_tensor import is_fake
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from irprune.errors import DataError, TargetError, TraceError
+from irprune.frontend import axes, blame
 from irprune.ir.dims import as_size
 from irprune.ir.program import Interface, Program, attribute
 
-Dynamic = Mapping[str, Mapping[int, str]]
-
 _KEPT_META = ("val", "stack_trace", "nn_module_stack")
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-_STDLIB = sysconfig.get_path("stdlib")
+_NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export._trace")
 
 
 def trace(
     module: torch.nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    dynamic: Dynamic | None = None,
+    dynamic: axes.Dynamic | None = None,
     *,
     outputs: Sequence[str] | None = None,
+    check: bool = True,
 ) -> Program:
     """Trace a model in evaluation mode.
 
@@ -54,152 +54,113 @@ def trace(
             axis 0, ``batch``, if its size there is that of the first input; ``{}`` makes it static.
         outputs: Keep only the outputs of these names (fields or keys of the model's output); one of
             them alone is returned bare.
+        check: Compare the program with the model on the example inputs (not on the meta device).
 
     Returns:
         The untyped program. It is called as the model is.
 
     Raises:
-        TargetError: The inputs do not fit the model's signature, or a dynamic axis is not one.
-        TraceError: ``torch.export`` cannot trace the model.
+        TargetError: The inputs do not fit the model, or a dynamic axis is not one.
+        TraceError: ``torch.export`` cannot trace the model, or a dynamic axis is a constant in it.
         DataError: A weight is NaN or infinite.
     """
-    args, kwargs = tuple(args), dict(kwargs or {})
-    signature = inspect.signature(module.forward)
-    _check_arguments(module, signature, args, kwargs)
-    order = list(signature.parameters)
-    kwargs = dict(sorted(kwargs.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    names = _leaf_names(signature, args, kwargs)
-    axes, explicit = _wanted_axes(names, leaves, dynamic or {})
-    hints = [dict.fromkeys(of, Dim.AUTO) or None for of in axes]
-    hint_args, hint_kwargs = pytree.tree_unflatten(hints, spec)
-    shapes = dict(signature.bind(*hint_args, **hint_kwargs).arguments)
-    with _evaluation(module), _tied(module, axes), _quiet():
-        try:
-            exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes or None, strict=False)
-            traced = exported.module(check_guards=False)
-        except Exception as error:
-            raise _trace_error(module, error) from error
+    weights = [*module.parameters(), *module.buffers()]
+    abstract = any(tensor.is_meta or is_fake(tensor) for tensor in weights)
+    args, kwargs = _inputs(module, tuple(args), dict(kwargs or {}), meta=bool(weights) and all(tensor.is_meta for tensor in weights))
+    leaves = pytree.tree_leaves((args, kwargs))
+    names = axes.leaf_names(inspect.signature(module.forward), args, kwargs)
+    wanted, explicit = axes.wanted(names, leaves, dynamic or {})
+    with _evaluation(module):
+        expected = _run(module, args, kwargs, abstract)
+        _register_dataclasses(expected)
+        with axes.marked(leaves, wanted), axes.tied(module, wanted), axes.watched() as specialised, _quiet():
+            try:
+                traced = torch.export.export(module, args, kwargs, strict=False).module(check_guards=False)
+            except Exception as error:
+                raise _trace_error(module, error) from error
     graph = traced.graph
     _inline_regions(traced)
     _drop_noise(graph)
     aliases = _untie(module, traced)
-    output_names = _select_outputs(graph, outputs)
+    output_names, positions = _select_outputs(graph, outputs)
     graph.eliminate_dead_code()
     _check_whole(traced)
     placeholders = _placeholders_first(graph)
-    found, notes = _found_axes(placeholders, names, axes, explicit)
+    found, notes = axes.found(placeholders, names, wanted, explicit, specialised)
     for node in graph.nodes:
         node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     interface = Interface((args, kwargs), found, tuple(node.name for node in placeholders), output_names, notes)
     program = Program(fx.GraphModule(traced, graph), interface, aliases=aliases)
-    _check_finite(program)
+    if not abstract:
+        _check_finite(program)
+        if check:
+            flat = pytree.tree_leaves(expected)
+            _check_faithful(program, [flat[position] for position in positions])
     return program
 
 
 # -- inputs ---------------------------------------------------------------------------------------
 
 
-def _check_arguments(module: torch.nn.Module, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, meta: bool) -> Inputs:
+    """The example inputs in the order of the signature, every tensor an object of our own, on the meta device if asked.
+
+    The tracer takes inputs that are one and the same object for one input.
+    """
+    signature = inspect.signature(module.forward)
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
         raise TargetError(
             f"the example inputs do not fit {type(module).__name__}.forward{signature}: {error}",
-            where=_definition(module),
+            where=blame.definition(module),
             hint="give the inputs as the model takes them: a tuple by position, a dict by name",
         ) from error
+    _register_dataclasses((args, kwargs))
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs))):
-        raise TargetError("the example inputs hold no tensor", where=_definition(module), hint="give at least one tensor")
+        raise TargetError("the example inputs hold no tensor", where=blame.definition(module), hint="give at least one tensor")
+    named = [name for name in signature.parameters if name in kwargs]
+    kwargs = {name: kwargs[name] for name in (*named, *(name for name in kwargs if name not in named))}
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        if meta:
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+        return tensor.detach().clone()
+
+    return pytree.tree_map_only(torch.Tensor, own, (args, kwargs))
 
 
-def _definition(module: torch.nn.Module) -> str | None:
-    """``file:line`` of a model's ``forward``."""
-    with contextlib.suppress(TypeError, OSError):
-        forward = inspect.unwrap(type(module).forward)
-        return f"{inspect.getsourcefile(forward)}:{inspect.getsourcelines(forward)[1]}"
-    return None
+def _register_dataclasses(value: Any) -> None:
+    """Let the tracer see into the dataclasses of a model's inputs or outputs."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if type(value) not in pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(type(value))
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            _register_dataclasses(part)
 
 
-def _leaf_names(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """The dotted path of each flat input: the parameter, then keys and positions inside it."""
-    positional: list[str] = []
-    for parameter in signature.parameters.values():
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            positional += [f"{parameter.name}.{i}" for i in range(len(args) - len(positional))]
-        elif len(positional) < len(args):
-            positional.append(parameter.name)
-    heads = {"0": dict(zip(map(str, range(len(args))), positional, strict=True)), "1": {key: key for key in kwargs}}
-    names = []
-    for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:
-        side, head, *rest = (_key(entry) for entry in path)
-        names.append(".".join((heads[side][head], *rest)))
-    return names
-
-
-def _key(entry: Any) -> str:
-    """One step of a pytree path: a key, a position or a field."""
-    for field in ("key", "idx", "name"):
-        if hasattr(entry, field):
-            return str(getattr(entry, field))
-    return str(entry)
-
-
-def _wanted_axes(names: list[str], leaves: list[Any], dynamic: Dynamic) -> tuple[list[dict[int, str]], set[str]]:
-    """Labels of the dynamic axes of each flat input, and the names of the inputs that the user spoke of."""
-    unused = set(dynamic)
-    axes: list[dict[int, str]] = []
-    explicit: set[str] = set()
-    sizes: dict[str, tuple[int, str]] = {}
-    first = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-    for name, leaf in zip(names, leaves, strict=True):
-        if not isinstance(leaf, torch.Tensor):
-            unused.discard(name)
-            axes.append({})
-            continue
-        entry = next((key for key in _ancestors(name) if key in dynamic), None)
-        if entry is not None:
-            unused.discard(entry)
-            explicit.add(name)
-            of = {_axis(name, leaf, axis): str(label) for axis, label in dynamic[entry].items()}
-        else:
-            of = {0: "batch"} if leaf.ndim and first.ndim and leaf.shape[0] == first.shape[0] else {}
-        for axis, label in of.items():
-            size = int(leaf.shape[axis])
-            if size < 2:
-                raise TargetError(
-                    f"axis {axis} ('{label}') of input '{name}' is dynamic, but its example size is {size}",
-                    hint=f"give an example of size 2 or more there (a trace takes 0 and 1 for constants), "
-                    f"or make the input static: dynamic_axes() -> {{'{name}': {{}}}}",
-                )
-            other, where = sizes.setdefault(label, (size, f"axis {axis} of '{name}'"))
-            if other != size:
-                raise TargetError(
-                    f"axes labelled '{label}' differ in the example inputs: {other} at {where}, {size} at axis {axis} of '{name}'",
-                    hint="give them one size, or different labels",
-                )
-        axes.append(of)
-    if unused:
+def _run(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], abstract: bool) -> Any:
+    """What the model returns on its example inputs; ``None`` where only the lack of data stops it."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+            return module(*args, **kwargs)
+    except Exception as error:
+        if abstract:
+            return None
         raise TargetError(
-            f"dynamic axes name '{sorted(unused)[0]}', which is not an input; the inputs are {', '.join(names)}",
-            hint="name the parameters of forward",
-        )
-    return axes, explicit
-
-
-def _ancestors(name: str) -> list[str]:
-    """The name itself, then the containers around it, the innermost first."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-
-
-def _axis(name: str, leaf: torch.Tensor, axis: Any) -> int:
-    if isinstance(axis, bool) or not isinstance(axis, int) or not -leaf.ndim <= axis < leaf.ndim:
-        raise TargetError(
-            f"dynamic axes of input '{name}' name axis {axis!r}, its example has shape {tuple(leaf.shape)}",
-            hint=f"name axes 0 to {leaf.ndim - 1}",
-        )
-    return axis % leaf.ndim
+            f"{type(module).__name__} fails on its own example inputs ({_signatures(args, kwargs)}): {blame.first_line(error)}",
+            where=blame.innermost(traceback.walk_tb(error.__traceback__)) or blame.definition(module),
+            hint="give example inputs of the shapes and dtypes that the model takes",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -214,63 +175,37 @@ def _evaluation(module: torch.nn.Module) -> Iterator[None]:
             part.training = True
 
 
-@contextlib.contextmanager
-def _tied(module: torch.nn.Module, axes: list[dict[int, str]]) -> Iterator[None]:
-    """Say to the tracer, before the model runs, that axes with equal labels have one size."""
+class _StderrWithoutGraphs:
+    """Standard error less the half-built graph that the tracer prints there when it fails."""
 
-    def tie(_: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        sizes: dict[str, Any] = {}
-        for leaf, of in zip(pytree.tree_leaves((args, kwargs)), axes, strict=True):
-            for axis, label in of.items():
-                torch._check(sizes.setdefault(label, leaf.shape[axis]) == leaf.shape[axis])
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self._after_graph = False
 
-    handle = module.register_forward_pre_hook(tie, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    def write(self, text: str) -> int:
+        is_graph = text.lstrip().startswith("def forward(self")
+        if is_graph or (self._after_graph and text == "\n"):
+            self._after_graph = is_graph
+            return len(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The tracer's warnings say nothing to the user of a program."""
-    with warnings.catch_warnings():
+    """The tracer's warnings, logs and prints say nothing to the user of a program."""
+    loggers = [logger for name in _NOISY if not (logger := logging.getLogger(name)).disabled]
+    with warnings.catch_warnings(), contextlib.redirect_stderr(cast(Any, _StderrWithoutGraphs())):
         warnings.simplefilter("ignore")
-        yield
-
-
-def _found_axes(
-    placeholders: list[fx.Node], names: list[str], axes: list[dict[int, str]], explicit: set[str]
-) -> tuple[tuple[dict[int, str], ...], tuple[str, ...]]:
-    """The axes that stayed dynamic after tracing; a constant one that was asked for is an error."""
-    found: list[dict[int, str]] = []
-    notes: list[str] = []
-    for node, name, of in zip(placeholders, names, axes, strict=True):
-        stayed = {}
-        for axis, label in of.items():
-            size = as_size(node.meta["val"].shape[axis])
-            if not isinstance(size, int):
-                stayed[axis] = label
-                continue
-            where = _specialised(node.meta["val"], node.name, axis)
-            message = f"axis {axis} ('{label}') of input '{name}' is not dynamic: the model works for size {size} only"
-            if name in explicit:
-                raise TraceError(
-                    message, where=where, hint="take sizes from the input's shape there, or leave the axis out of dynamic_axes()"
-                )
-            notes.append(message + (f" ({where})" if where else ""))
-        found.append(stayed)
-    return tuple(found), tuple(notes)
-
-
-def _specialised(value: torch.Tensor, name: str, axis: int) -> str | None:
-    """``file:line`` of the operation that made a symbolic size constant."""
-    shape_env = value.fake_mode.shape_env  # type: ignore[attr-defined]
-    for source, symbol in shape_env.source_to_var.items():
-        if source.endswith(f".size()[{axis}]") and re.search(rf"\b{re.escape(name)}\b", source):
-            place = shape_env.replacements_slocs.get(symbol)
-            return str(place) if place is not None else None
-    return None
+        for logger in loggers:
+            logger.disabled = True
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.disabled = False
 
 
 # -- graph ----------------------------------------------------------------------------------------
@@ -323,7 +258,9 @@ def _drop_noise(graph: fx.Graph) -> None:
 def _is_identity(node: fx.Node) -> bool:
     aten = torch.ops.aten
     if node.target is aten.dropout.default:
-        return node.args[2] is False
+        return bool(node.args[2] is False)
+    if node.target is aten.detach_.default:
+        return getattr(node.args[0], "target", None) is aten.lift_fresh_copy.default
     if node.target not in (aten.slice.Tensor, aten.to.dtype, aten.to.dtype_layout, aten.to.device):
         return False
     assert isinstance(node.args[0], fx.Node)
@@ -331,7 +268,7 @@ def _is_identity(node: fx.Node) -> bool:
     if before is None or after is None or [as_size(s) for s in before.shape] != [as_size(s) for s in after.shape]:
         return False
     if node.target is aten.slice.Tensor:
-        return len(node.args) < 5 or node.args[4] == 1
+        return bool(len(node.args) < 5 or node.args[4] == 1)
     copies = node.kwargs.get("copy", False) or (len(node.args) > 3 and True in node.args[2:])
     return bool(not copies and before.dtype == after.dtype and before.device == after.device)
 
@@ -372,8 +309,12 @@ def _place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
         module.register_buffer(leaf, tensor)
 
 
-def _select_outputs(graph: fx.Graph, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Name the flat outputs after fields and keys; keep only the wanted ones, if any are named."""
+def _select_outputs(graph: fx.Graph, wanted: Sequence[str] | None) -> tuple[tuple[str, ...], list[int]]:
+    """Name the flat outputs after fields and keys; keep only the wanted ones, if any are named.
+
+    Returns:
+        The names, and the place of each among the model's flat outputs.
+    """
     output = graph.output_node()
     flat = list(pytree.tree_leaves(output.args[0]))
     codegen = graph._codegen
@@ -381,11 +322,11 @@ def _select_outputs(graph: fx.Graph, wanted: Sequence[str] | None) -> tuple[str,
     info = codegen.pytree_info
     assert info.out_spec is not None
     tree = pytree.tree_unflatten(list(range(len(flat))), info.out_spec)
-    names = [".".join(map(_key, path)) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    names = [".".join(map(axes.key_of, path)) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
     names = [f"output{name}" if not name or name.isdigit() else name for name in names]
     names = ["output0" if name == "output" else name for name in names]
     if wanted is None:
-        return tuple(names)
+        return tuple(names), list(range(len(names)))
     missing = [name for name in wanted if name not in names]
     if missing:
         raise TargetError(f"the model has no output '{missing[0]}'; its outputs are {', '.join(names)}", hint="name one of them")
@@ -393,76 +334,91 @@ def _select_outputs(graph: fx.Graph, wanted: Sequence[str] | None) -> tuple[str,
     output.args = (tuple(picked),)
     example = picked[0] if len(picked) == 1 else tuple(picked)
     graph.set_codegen(_PyTreeCodeGen(info._replace(out_spec=pytree.tree_structure(example))))
-    return tuple(wanted)
+    return tuple(wanted), [names.index(name) for name in wanted]
 
 
 def _placeholders_first(graph: fx.Graph) -> list[fx.Node]:
     placeholders = graph.find_nodes(op="placeholder")
-    head = next(iter(graph.nodes))
+    anchor = next(node for node in graph.nodes if node.op != "placeholder")
     for node in placeholders:
-        if node is not head:
-            head.prepend(node)
+        anchor.prepend(node)
     return list(placeholders)
 
 
 def _check_whole(traced: fx.GraphModule) -> None:
     """A sub-graph that is left (a branch, a loop, enabled autocast) is beyond a flat program."""
     for node in traced.graph.nodes:
-        if node.op == "get_attr" and not isinstance(_resolve(traced, str(node.target)), torch.Tensor):
-            user = next(iter(node.users))
-            raise TraceError(
-                f"operation '{getattr(user.target, '__name__', user.target)}' holds a sub-graph, which a program cannot",
-                where=_last_line(user.meta.get("stack_trace")),
-                hint="leave out torch.autocast (give the model the dtype instead), torch.cond and torch.while_loop",
-            )
-
-
-def _resolve(module: Any, name: str) -> Any:
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
+        if node.op != "get_attr":
+            continue
+        held = operator.attrgetter(str(node.target))(traced)
+        if isinstance(held, torch.Tensor):
+            continue
+        user = next(iter(node.users))
+        inside = held.graph.nodes if isinstance(held, fx.GraphModule) else ()
+        places = (blame.last_line(n.meta.get("stack_trace")) for n in (user, *inside))
+        raise TraceError(
+            f"operation '{getattr(user.target, '__name__', user.target)}' holds a sub-graph, which a program cannot",
+            where=next(filter(None, places), None),
+            hint="do without torch.autocast (give the model the dtype instead), torch.cond and torch.while_loop",
+        )
 
 
 def _check_finite(program: Program) -> None:
     for name, tensor in program.tensors.items():
-        if tensor.is_meta or not tensor.is_floating_point():
+        if not tensor.is_floating_point():
             continue
-        if not program.is_parameter(name):
-            bad = bool(tensor.isnan().any())
-        else:
-            bad = not tensor.sum(dtype=torch.float64).isfinite()
+        # A mask buffer may hold minus infinity; a sum finds bad values of a weight without a copy of it.
+        bad = not tensor.sum(dtype=torch.float64).isfinite() if program.is_parameter(name) else bool(tensor.isnan().any())
         if bad:
-            raise DataError(f"weight '{name}' holds NaN or infinite values", where=name, hint="repair the checkpoint before pruning it")
+            raise DataError(f"'{name}' holds NaN or infinite values", where=name, hint="repair the checkpoint before pruning it")
 
 
-# -- errors ---------------------------------------------------------------------------------------
+def _check_faithful(program: Program, expected: list[Any]) -> None:
+    """The program must give what the model gave on the example inputs."""
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, program.interface.example)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = pytree.tree_leaves(program(*args, **kwargs))
+    for name, want, got in zip(program.interface.outputs, expected, found, strict=True):
+        if not _same(want, got):
+            raise TraceError(
+                f"the trace does not compute what the model computes: output '{name}' differs on the example inputs",
+                hint="make the model a function of its inputs: no state left from one call to the next, no values computed by python code",
+            )
+
+
+def _same(want: Any, got: Any) -> bool:
+    if not isinstance(want, torch.Tensor):
+        return bool(want == got)
+    if want.shape != got.shape or want.dtype != got.dtype:
+        return False
+    if not want.is_floating_point():
+        return torch.equal(want, got)
+    want, got = want.double(), got.double()
+    scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
+    return torch.allclose(want, got, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+
+
+def _signatures(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Shapes and dtypes of the inputs, for a message."""
+
+    def brief(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return repr(value)
+
+    leaves = pytree.tree_map(brief, (list(args), kwargs))
+    return ", ".join([*map(str, leaves[0]), *(f"{key}={value}" for key, value in leaves[1].items())])
 
 
 def _trace_error(module: torch.nn.Module, error: Exception) -> TraceError:
     """Name the line of the user's model that the tracer stopped at, and what to do about it."""
-    where = None
-    for frame in traceback.extract_tb(error.__traceback__):
-        if _is_users(frame.filename):
-            where = f"{frame.filename}:{frame.lineno}"
     text = str(error).strip()
-    first = text.splitlines()[0].strip() if text else type(error).__name__
     return TraceError(
-        f"torch.export cannot trace {type(module).__name__}: {type(error).__name__}: {first}",
-        where=where or _last_line(text) or _definition(module),
+        f"torch.export cannot trace {type(module).__name__}: {blame.first_line(error)}",
+        where=blame.innermost(traceback.walk_tb(error.__traceback__)) or blame.last_line(text) or blame.definition(module),
         hint=_advice(type(error).__name__, text),
     )
-
-
-def _is_users(filename: str) -> bool:
-    if filename.startswith(("<", *_LIBRARIES)):
-        return False
-    return "site-packages" in filename or not filename.startswith(_STDLIB)
-
-
-def _last_line(text: str | None) -> str | None:
-    """``file:line`` of the last place in a printed stack that is the user's."""
-    places = re.findall(r'File "([^"]+)", line (\d+)', text or "")
-    return next((f"{file}:{line}" for file, line in reversed(places) if _is_users(file)), None)
 
 
 def _advice(kind: str, text: str) -> str:

@@ -96,13 +96,13 @@ def _key(program: Program, var: Var, first: Member) -> str:
 def _members(program: Program, found: dict[Var, _Found]) -> None:
     """Parameter and buffer axes by variable, with their roles, in order of first use."""
     types = program.typing
-    derived = _derived(program)
+    derived = derived_values(program)
     contracted = {(event.node, event.operand, event.axis) for event in types.events if event.how == "contract"}
     positions = {node: i for i, node in enumerate(program.nodes)}
     members: list[tuple[Var, Member]] = []
     for tensor, holder in program.holders.items():
         axes = types.of(holder.name)
-        uses = _uses(holder, derived)
+        uses = uses_of(holder, derived)
         if not uses:
             continue
         order = min(positions[user] for _, user in uses)
@@ -117,7 +117,7 @@ def _members(program: Program, found: dict[Var, _Found]) -> None:
         found.setdefault(var, _Found()).members.append(member)
 
 
-def _derived(program: Program) -> set[fx.Node]:
+def derived_values(program: Program) -> set[fx.Node]:
     """Values that depend on parameters or constants only (a transposed weight, a weight norm)."""
     out: set[fx.Node] = set()
     for node in program.nodes:
@@ -126,7 +126,7 @@ def _derived(program: Program) -> set[fx.Node]:
     return out
 
 
-def _uses(holder: fx.Node, derived: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
+def uses_of(holder: fx.Node, derived: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
     """``(value, operation)`` where a tensor, or what is computed from it alone, meets an activation."""
     out: list[tuple[fx.Node, fx.Node]] = []
     pending, seen = [holder], {holder}
@@ -192,7 +192,7 @@ def _walk(program: Program, found: dict[Var, _Found]) -> None:
         for var in mixed:
             if var in found:
                 found[var].mixers.append(event.node)
-    derived = _derived(program)
+    derived = derived_values(program)
     for (name, key), term in types.notes.items():
         for var in set(variables(resolve(term))):
             if var not in found:
@@ -209,7 +209,7 @@ def _walk(program: Program, found: dict[Var, _Found]) -> None:
     _products(program, found, held, derived)
     _skips(program, found, held)
     for info in found.values():
-        names = {op_name(user.target) for m in info.members for _, user in _uses(program.holders[m.tensor], derived) if m.role == "write"}
+        names = {op_name(user.target) for m in info.members for _, user in uses_of(program.holders[m.tensor], derived) if m.role == "write"}
         if any("conv" in name for name in names):
             info.traits.add("conv")
         if any(member.role == "write" for member in info.members) and any(member.role == "read" for member in info.members):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from irprune.errors import ProofError
 from irprune.ir.dims import Mask, Size, Term, Var, as_size, kept_size, mask_of, resolve, term_size, variables
@@ -104,24 +107,21 @@ class Resize:
     def sizes(self, literals: list[Any], first: int = 0) -> list[Any]:
         """A size list of the call, each entry recomputed from the result's axis where it shrinks.
 
-        A size that the program computes stays where its axis is whole. Where it is a product with a
-        removed factor (``batch * heads``) it becomes -1, to be inferred.
+        A size that the program computes (``batch * heads``) is scaled by the share that is kept.
         """
-        axes = self._result(0)
-        out: list[Any] = []
-        for literal, term in zip(literals, axes[first:], strict=False):
-            if literal == -1 or not self._shrink.touched(term):
-                out.append(literal)
-                continue
-            size = self._shrink.size(term)
-            out.append(size if isinstance(size, int) else -1)
-        if out.count(-1) > 1 and op_name(self._old.target) not in ("aten::expand", "aten::broadcast_to"):
-            whole = [i for i, (literal, term) in enumerate(zip(literals, axes[first:], strict=False)) if literal == -1]
-            for i in whole:
-                size = self._shrink.size(axes[first + i])
-                if isinstance(size, int):
-                    out[i] = size
-        return out
+        return [
+            literal if literal == -1 or not self._shrink.touched(term) else self._resized(literal, term)
+            for literal, term in zip(literals, self._result(0)[first:], strict=False)
+        ]
+
+    def _resized(self, literal: Any, term: Term) -> Any:
+        size = self._shrink.size(term)
+        if isinstance(size, int) or not isinstance(literal, fx.Node):
+            return size
+        share = sympy.cancel(size / term_size(resolve(term)))
+        with self._node.graph.inserting_before(self._node):
+            part = self._node.graph.call_function(operator.floordiv, (literal, int(share.q)))
+            return self._node.graph.call_function(operator.mul, (part, int(share.p)))
 
     def kept(self, key: str, literal: int) -> int:
         """The size of a noted term after removal."""
@@ -249,7 +249,8 @@ def propagate(program: Program) -> None:
     values: dict[fx.Node, Any] = {}
     fakes: dict[str, torch.Tensor] = {}
     inputs = iter(held)
-    with mode, torch.no_grad():
+    quiet = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+    with mode, quiet, enable_python_dispatcher(), torch.no_grad():
         for node in program.nodes:
             if node.op == "placeholder":
                 values[node] = next(inputs)

@@ -33,7 +33,6 @@ from irprune.pipeline.files import atomic
 if TYPE_CHECKING:
     import onnx_ir
 
-ExternalData = Literal["auto", "true", "false"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # A protobuf message ends at 2 GiB; an eighth of a GiB is left for the graph itself.
@@ -133,7 +132,9 @@ class Signature:
         return tuple(result.name for result in self.results if result.name is not None)
 
 
-def export(program: Program, path: Path, *, opset: int = 20, optimize: bool = True, external_data: ExternalData = "auto") -> OnnxFile:
+def export(
+    program: Program, path: Path, *, opset: int = 20, optimize: bool = True, external_data: bool | Literal["auto"] = "auto"
+) -> OnnxFile:
     """Write a program as an ONNX file.
 
     The file appears under its name only when whole, its external data before it. Inputs, outputs and
@@ -159,8 +160,8 @@ def export(program: Program, path: Path, *, opset: int = 20, optimize: bool = Tr
     if meta is not None:
         raise ExportError(f"the weight '{meta}' has no data (meta device)", hint="load the model with its weights, or leave out 'export'")
     signature = Signature.of(program)
-    flat = flattened(program, signature)
     with _quiet():
+        flat = flattened(program, signature)
         try:
             written = torch.onnx.export(to_exported(flat), verbose=False, optimize=False, opset_version=opset)
             assert written is not None
@@ -175,11 +176,11 @@ def export(program: Program, path: Path, *, opset: int = 20, optimize: bool = Tr
         _name(model, flat, transposed)
     _verify(model, flat, opset)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if external_data == "false" and size > INLINE_LIMIT_BYTES:
+    if external_data is False and size > INLINE_LIMIT_BYTES:
         raise ExportError(
             f"{size / 2**30:.1f} GiB of weights do not fit in one ONNX file", hint="give external_data=auto, or external_data=true"
         )
-    external = external_data == "true" or size > INLINE_LIMIT_BYTES
+    external = external_data is True or size > INLINE_LIMIT_BYTES
     data = f"{path.name}.data"
     with atomic(path) as part:
         onnx_ir.save(model, part, external_data=data if external else None, size_threshold_bytes=1024)

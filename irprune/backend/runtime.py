@@ -270,7 +270,7 @@ def parity(
     return Parity(closest[1], closest[2], tuple(sizes for sizes, _ in cases))
 
 
-_HINT = "try 'export' with optimize=false or another opset; do not use this file"
+_HINT = "do not use this file; export again, with optimize=false or another opset if it was written by this very program"
 
 
 def _cases(program: Program, batch: Sequence[int], seed: int) -> list[tuple[dict[str, int], Any]]:

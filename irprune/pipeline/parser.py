@@ -83,6 +83,7 @@ def unparse(of: Pass | Iterable[Pass]) -> str:
         value = getattr(of, key)
         if info.is_required() or write(value) != write(info.get_default(call_default_factory=True)):
             chosen.append(f"{key}={write(value)}")
+    chosen += [f"{key}={write(value)}" for key, value in (of.model_extra or {}).items()]
     return of.name + ("{" + " ".join(chosen) + "}" if chosen else "")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -155,19 +154,17 @@ class Taylor(Criterion):
     def _moments(self) -> int:
         return 2 if self.order == "mixed" else 1
 
-    def _chunks(self, study: Study, names: list[str]) -> Iterator[list[str]]:
+    def _chunks(self, study: Study, names: list[str]) -> list[list[str]]:
+        """Parameters whose accumulators fit in the limit together: the largest first, each where there is room."""
         limit = float("inf") if self.accumulator_mib is None else self.accumulator_mib * 2**20
-        chunk: list[str] = []
-        used = 0
-        for name in names:
-            size = self._moments * study.weights[name].numel() * _wide(study.weights[name]).itemsize
-            if chunk and used + size > limit:
-                yield chunk
-                chunk, used = [], 0
-            chunk.append(name)
-            used += size
-        if chunk:
-            yield chunk
+        sizes = {name: self._moments * study.weights[name].numel() * _wide(study.weights[name]).itemsize for name in names}
+        chunks: list[list[str]] = []
+        for name in sorted(names, key=sizes.__getitem__, reverse=True):
+            room = next((chunk for chunk in chunks if sum(sizes[other] for other in chunk) + sizes[name] <= limit), None)
+            if room is None:
+                chunks.append(room := [])
+            room.append(name)
+        return chunks
 
     def _backward(self, study: Study, names: list[str], keep: Fold) -> tuple[int, bool]:
         """The number of backward passes, and whether any gradient came."""

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import itertools
 import logging
-import re
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
@@ -38,7 +40,6 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 # A protobuf message ends at 2 GiB; an eighth of a GiB is left for the graph itself.
 INLINE_LIMIT_BYTES = 2**31 - 2**27
 _STANDARD_DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
-_OPERATION = re.compile(r"OpOverload\(op='([\w.]+)'|torch\.ops\.(\w+\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Signature:
 
 
 def export(
-    program: Program, path: Path, *, opset: int = 20, optimize: bool = True, external_data: bool | Literal["auto"] = "auto"
+    program: Program, path: Path, *, opset: int | None = None, optimize: bool = True, external_data: bool | Literal["auto"] = "auto"
 ) -> OnnxFile:
     """Write a program as an ONNX file.
 
@@ -144,7 +145,7 @@ def export(
     Args:
         program: The program, its weights in memory.
         path: The model file; external data stands beside it as ``<name>.data``.
-        opset: Version of the operator set.
+        opset: Version of the operator set; by default 20, or 23 for bfloat16, which older ones hardly know.
         optimize: Fold constants and fuse operations.
         external_data: Weights beside the model file; ``auto`` does so where they exceed what one
             file can hold (2 GiB).
@@ -159,6 +160,7 @@ def export(
     meta = next((name for name, tensor in program.tensors.items() if tensor.is_meta), None)
     if meta is not None:
         raise ExportError(f"the weight '{meta}' has no data (meta device)", hint="load the model with its weights, or leave out 'export'")
+    opset = opset or (23 if any(tensor.dtype == torch.bfloat16 for tensor in program.tensors.values()) else 20)
     signature = Signature.of(program)
     with _quiet():
         flat = flattened(program, signature)
@@ -171,7 +173,7 @@ def export(
         except IrpruneError:
             raise
         except Exception as error:
-            raise _failure(error, program) from error
+            raise _failure(error) from error
         model = written.model
         _name(model, flat, transposed)
     _verify(model, flat, opset)
@@ -185,8 +187,8 @@ def export(
     with atomic(path) as part:
         onnx_ir.save(model, part, external_data=data if external else None, size_threshold_bytes=1024)
         try:
-            onnx.checker.check_model(str(part))
-        except onnx.checker.ValidationError as error:
+            onnx.checker.check_model(str(part), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"the exported model is not valid ONNX: {_first_line(error)}", hint=_HINT) from error
     companion = path.with_name(data)
     if not external:
@@ -216,16 +218,24 @@ def flattened(program: Program, signature: Signature) -> Program:
         if feed is None:
             graph.erase_node(node)
     output = graph.output_node()
+    mode = next(node.meta["val"].fake_mode for node in graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
+
+    def derived(target: OpOverload, leaf: fx.Node, **kwargs: Any) -> fx.Node:
+        value = program.tensors[str(leaf.target)] if leaf.op == "get_attr" else leaf.meta["val"]
+        with graph.inserting_before(output), mode:
+            node = graph.call_function(target, (leaf,), kwargs)
+            node.meta["val"] = target(mode.from_tensor(value, static_shapes=True) if leaf.op == "get_attr" else value, **kwargs)
+        return node
+
     results: list[fx.Node] = []
     for leaf in _leaves(graph):
         if not isinstance(leaf, fx.Node):
             continue
-        with graph.inserting_before(output):
-            if not _is_tensor(leaf):
-                dtype = {torch.SymFloat: torch.float64, torch.SymBool: torch.bool}.get(type(leaf.meta.get("val")), torch.int64)
-                leaf = graph.call_function(torch.ops.aten.scalar_tensor.default, (leaf,), {"dtype": dtype})
-            elif leaf.op != "call_function" or leaf in results:
-                leaf = graph.call_function(torch.ops.aten.clone.default, (leaf,))
+        if not _is_tensor(leaf):
+            dtype = {torch.SymFloat: torch.float64, torch.SymBool: torch.bool}.get(type(leaf.meta["val"]), torch.int64)
+            leaf = derived(torch.ops.aten.scalar_tensor.default, leaf, dtype=dtype)
+        elif leaf.op != "call_function" or leaf in results:
+            leaf = derived(torch.ops.aten.clone.default, leaf)
         results.append(leaf)
     output.args = (tuple(results),)
     values = pytree.tree_leaves(program.interface.example)
@@ -349,18 +359,28 @@ def _shape(value: onnx_ir.Value) -> tuple[int | str, ...]:
     return tuple(dim if isinstance(dim, int) else str(dim.value or "?") for dim in value.shape or ())
 
 
-def _failure(error: Exception, program: Program) -> ExportError:
-    """What went wrong, at which operation and line of the model, as far as the exporter tells."""
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        causes.append(cause)
+def _failure(error: Exception) -> ExportError:
+    """What went wrong, at which operation and line of the model, as far as the exporter was at one."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
         cause = cause.__cause__
-    operation = next((found[1] or found[2] for cause in reversed(causes) if (found := _OPERATION.search(str(cause)))), None)
-    node = next((node for node in program.nodes if operation and f"{node.target}.".startswith(f"{operation.replace('::', '.')}.")), None)
-    where = None if node is None else f"%{node.name} ({location(node) or 'line unknown'})"
-    subject = f"operation '{operation}'" if operation else "the program"
-    return ExportError(f"{subject} cannot be expressed in ONNX: {_first_line(causes[-1])}", where=where, hint=_HINT)
+    node = _node_at_work(cause) or _node_at_work(error)
+    if node is None:
+        return ExportError(f"the program cannot be expressed in ONNX: {_first_line(cause)}", hint=_HINT)
+    operation = f"operation '{getattr(node.target, 'overloadpacket', node.target)}'"
+    where = f"%{node.name} ({location(node) or 'line unknown'})"
+    return ExportError(f"{operation} cannot be expressed in ONNX: {_first_line(cause)}", where=where, hint=_HINT)
+
+
+def _node_at_work(error: BaseException) -> fx.Node | None:
+    """The operation that was worked on when an error came up: the exporter tells it in no other way."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for name in ("n", "node"):
+            value = frame.f_locals.get(name)
+            if isinstance(value, fx.Node) and value.op == "call_function":
+                found = value
+    return found
 
 
 def _first_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ class Export(Pass):
     needs: ClassVar = (Workspace,)
     gives: ClassVar = (OnnxFile,)
 
-    opset: int = Field(20, ge=18, le=23, description="Version of the ONNX operator set.")
+    opset: int | None = Field(None, ge=18, le=23, description="Version of the ONNX operator set; none: 20, or 23 for bfloat16.")
     optimize: bool = Field(True, description="Fold constants and fuse operations.")
     external_data: bool | Literal["auto"] = Field(
         "auto", description="Weights in a file beside the model; auto does so above the 2 GiB that one ONNX file can hold."

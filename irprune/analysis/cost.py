@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.utils import _pytree as pytree
 
-from irprune.ir.dims import Size, Term, Var, as_size, kept_size, resolve, variables
+from irprune.ir.dims import Term, Var, as_size, kept_size, resolve, variables
 from irprune.ir.program import Program
 
 Counts = Mapping[Var, int]
@@ -25,28 +25,32 @@ class Cost:
 
     def __init__(self, program: Program) -> None:
         types = program.typing
-        self._hints = hints(program)
         self._tensors: dict[str, tuple[Term, int, bool]] = {}
         for name, node in program.holders.items():
             tensor = program.tensors[name]
             product = tuple(atom for term in types.of(node.name) for atom in resolve(term))
             self._tensors[name] = (product, tensor.element_size(), isinstance(tensor, torch.nn.Parameter))
         self._macs = {name: tuple(resolve(product) for product in products) for name, products in types.macs.items()}
+        known = hints(program)
+        symbolic = {var for products in self._macs.values() for product in products for var in variables(product)}
+        self._sizes = {var: int(var.size.subs(known)) for var in symbolic if not isinstance(var.size, int)}
 
-    def _value(self, size: Size) -> int:
-        return size if isinstance(size, int) else int(size.subs(self._hints))
+    def _value(self, product: Term, counts: Counts | None) -> int:
+        size = kept_size(product, {**self._sizes, **counts} if counts else self._sizes)
+        assert isinstance(size, int)
+        return size
 
     def params(self, counts: Counts | None = None) -> int:
         """Number of parameters (buffers are not counted)."""
-        return sum(self._value(kept_size(product, counts or {})) for product, _, own in self._tensors.values() if own)
+        return sum(self._value(product, counts) for product, _, own in self._tensors.values() if own)
 
     def bytes(self, counts: Counts | None = None) -> int:
         """Bytes of all parameters and buffers."""
-        return sum(self._value(kept_size(product, counts or {})) * width for product, width, _ in self._tensors.values())
+        return sum(self._value(product, counts) * width for product, width, _ in self._tensors.values())
 
     def macs(self, counts: Counts | None = None) -> int:
         """Multiply-accumulates of all sums of products for one call with the example inputs."""
-        return sum(self._value(kept_size(p, counts or {})) for products in self._macs.values() for p in products)
+        return sum(self._value(p, counts) for products in self._macs.values() for p in products)
 
     def of(self, unit: str, counts: Counts | None = None) -> int:
         """``params``, ``macs`` or ``bytes`` by name."""
@@ -71,7 +75,7 @@ class Cost:
         found = []
         for uses in self._uses:
             less = {var: int(var.size) - 1}
-            found.append(sum(self._value(kept_size(p, {})) - self._value(kept_size(p, less)) for p in uses.get(var, ())))
+            found.append(sum(self._value(p, None) - self._value(p, less) for p in uses.get(var, ())))
         return found[0], found[1]
 
 

@@ -22,7 +22,10 @@ T = TypeVar("T")
 
 
 class Progress(Instrument):
-    """Bars with the remaining time for passes and their loops; silent where the console is no terminal."""
+    """Bars with the remaining time for passes and their loops, while it is :meth:`live`.
+
+    It shows nothing where the console is no terminal.
+    """
 
     def __init__(self, console: Console) -> None:
         self._bars = Bars(
@@ -39,13 +42,18 @@ class Progress(Instrument):
         )
 
     @contextmanager
-    def watch(self, step: Step) -> Iterator[None]:
+    def live(self) -> Iterator[None]:
+        """Show what happens in a block."""
         with self._bars, reporting(self):
-            task = self._bars.add_task(f"{step.number}/{step.total} {step.of.name}", total=None)
-            try:
-                yield
-            finally:
-                self._bars.remove_task(task)
+            yield
+
+    @contextmanager
+    def watch(self, step: Step) -> Iterator[None]:
+        task = self._bars.add_task(f"{step.number}/{step.total} {step.of.name}", total=None)
+        try:
+            yield
+        finally:
+            self._bars.remove_task(task)
 
     def track(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
         """Show one loop of a pass below the pass."""

@@ -35,3 +35,10 @@ def reporting(reporter: Reporter | None) -> Iterator[None]:
         yield
     finally:
         _reporter.reset(token)
+
+
+@contextmanager
+def doing(label: str) -> Iterator[None]:
+    """One piece of work that is no loop, shown by the reporter in charge."""
+    for _ in track((None,), label):
+        yield

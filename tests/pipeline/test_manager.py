@@ -21,7 +21,7 @@ from irprune.pipeline.instruments import Progress, Timing, Untouched, fingerprin
 from irprune.pipeline.manager import Instrument, Step, completed, run
 from irprune.pipeline.parser import unparse
 from irprune.pipeline.passes import Facts, Pass, Result
-from irprune.pipeline.progress import track
+from irprune.pipeline.progress import doing, track
 
 
 @pytest.fixture
@@ -239,9 +239,11 @@ class Loop(Pass):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_shown_on_a_terminal_only(program: Program, terminal: bool) -> None:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
-    run([Loop()], program, instruments=[Progress(console)])
+    progress = Progress(console)
+    with progress.live(), doing("waiting"):
+        run([Loop()], program, instruments=[progress])
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert ("1/1 loop" in shown and "adding" in shown) if terminal else shown == ""
+    assert all(text in shown for text in ("waiting", "1/1 loop", "adding")) if terminal else shown == ""
 
 
 def test_lasting_facts_of_a_pass_survive_a_change(program: Program) -> None:

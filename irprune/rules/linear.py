@@ -132,3 +132,19 @@ def between(op: Op) -> Axes:
         for term in value.axes:
             op.freeze(term, "mixed", "a distance is computed over it")
     return tuple(op.solid(size, "mixed", "a distance is computed over it") for size in op.shape)
+
+
+@rule("_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_mm(op: Op) -> Axes:
+    """One matrix per run of rows: x ``(rows, in)``, weight ``(groups, in, out)``, y ``(rows, out)``.
+
+    Where a run ends is computed, so rows and groups stay whole.
+    """
+    a, b = op.operands()[:2]
+    op.unify(a.axes[-1], b.axes[-2])
+    op.contract(a, -1)
+    op.contract(b, -2)
+    for term in (*a.axes[:-1], *b.axes[:-2]):
+        op.freeze(term, "data-dependent", "which rows meet which matrix is computed")
+    op.macs((*a.axes[0], *a.axes[-1], *b.axes[-1]))
+    return (a.axes[0], b.axes[-1])

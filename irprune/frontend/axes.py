@@ -22,14 +22,20 @@ Dynamic = Mapping[str, Mapping[int, str]]
 Specialised = dict[Any, tuple[Any, str | None]]
 
 
-def leaf_names(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """The dotted path of each flat input: the parameter, then keys and positions inside it."""
+def positional_names(signature: inspect.Signature, count: int) -> list[str]:
+    """The parameters that positional arguments go to."""
     positional: list[str] = []
     for parameter in signature.parameters.values():
         if parameter.kind is parameter.VAR_POSITIONAL:
-            positional += [f"{parameter.name}.{i}" for i in range(len(args) - len(positional))]
-        elif len(positional) < len(args):
+            positional += [f"{parameter.name}.{i}" for i in range(count - len(positional))]
+        elif len(positional) < count:
             positional.append(parameter.name)
+    return positional
+
+
+def leaf_names(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """The dotted path of each flat input: the parameter, then keys and positions inside it."""
+    positional = positional_names(signature, len(args))
     heads = {"0": dict(zip(map(str, range(len(args))), positional, strict=True)), "1": {key: key for key in kwargs}}
     names = []
     for path, _ in pytree.tree_flatten_with_path((args, kwargs))[0]:

@@ -22,7 +22,7 @@ def definition(module: torch.nn.Module) -> str | None:
     return f"{code.co_filename}:{code.co_firstlineno}" if code is not None and is_users(code.co_filename) else None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     first = str(error).strip().partition("\n")[0].partition(" (unhinted:")[0].strip()
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 

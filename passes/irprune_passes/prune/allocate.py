@@ -47,15 +47,25 @@ class Pool:
     def kept(self, removed: int) -> int:
         """How many indices stay when ``removed`` are asked to go.
 
-        The nearest multiple of ``unit``, the larger of two; where that removes nothing or leaves fewer
-        than ``floor``, the same with the next smaller power of two. It never grows with ``removed``.
+        The nearest multiple of ``unit``, or all; of two the smaller. A pool without a multiple between
+        ``floor`` and its size takes the next smaller power of two as its unit, and so does one of which
+        fewer than ``floor`` would stay. The result never grows with ``removed``.
         """
         wanted = max(self.size - removed, self.floor)
         most = self.size if self.ceiling is None else self.ceiling
         if removed <= 0 or wanted >= self.size:
             return most
-        rounded = ((2 * wanted + unit) // (2 * unit) * unit for unit in _units(self.unit))
-        return min(most, next(count for count in rounded if self.floor <= count < self.size))
+        rounded = (self._rounded(wanted, unit) for unit in _units(self.unit))
+        return min(most, next(count for count in rounded if count is not None))
+
+    def _rounded(self, wanted: int, unit: int) -> int | None:
+        last = (self.size - 1) // unit * unit
+        if last < self.floor:
+            return None
+        if wanted > last:
+            return self.size if self.size - wanted < wanted - last else last
+        nearest = -(-(2 * wanted - unit) // (2 * unit)) * unit
+        return nearest if nearest >= self.floor else None
 
     @property
     def ranking(self) -> npt.NDArray[np.int64]:

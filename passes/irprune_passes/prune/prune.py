@@ -172,6 +172,8 @@ class _Planner:
             plan = Plan(masks(path.pools, counts))
             if step < options.steps:
                 scores = self._rescored(importance, plan)
+        if not plan.keep:
+            raise self._nothing()
         return plan
 
     def _path(self, scores: Scores, ceilings: Counts) -> Local | Global:
@@ -228,6 +230,15 @@ class _Planner:
             most = path.counts(len(path) - 1)
             if self._cost(most) > self._target():
                 raise self._short(most)
+
+    def _nothing(self) -> BudgetError:
+        """What was asked is less than half an index, or half a rounding unit, of every group."""
+        largest = max(self.selection.chosen, key=lambda group: group.size)
+        text = (
+            f"{self.options.ratio:.4g} of the indices is nothing in each of the {len(self.selection.chosen)} groups: the largest, {largest.name}, "
+            f"has {largest.size} indices, rounded to multiples of {self.units[largest.name]}"
+        )
+        return BudgetError(text, where="pass prune", hint="ask for more, lower `round_to`, or use allocation=global")
 
     def _check_count(self, pools: Sequence[Pool], count: int) -> None:
         floor = self.options.min_keep

@@ -1,0 +1,405 @@
+#!/usr/bin/env python3
+"""Prune every architecture of a zoo and write what came of it.
+
+Each entry runs in a process of its own, with a limit of time and memory: trace, discover, prune 30 %
+of every prunable group's indices (magnitude, all kinds), proof, ONNX export, onnxruntime against
+torch. Results are kept one file per entry, so an interrupted run goes on where it stopped.
+
+    python tools/zoo.py --zoo ../shared/zoo                 all entries, writes docs/coverage.md
+    python tools/zoo.py --only dec_llama vis_swin           some of them
+    python tools/zoo.py --peer torch-pruning                Torch-Pruning on the same entries, beside
+
+A zoo is a folder with ``zoo.py`` that has ``ENTRIES``: ``name``, ``family``, ``build(**kw)``,
+``example_inputs() -> (args, kwargs)``, ``dynamic`` (one ``{axis: name}`` per argument). The last line
+is ``N passed, M failed of T traceable``; the exit code is 1 if M > 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import inspect
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RATIO = 0.3
+FLOOR = 0.7
+
+
+def main() -> int:
+    options = _arguments()
+    if not (options.zoo / "zoo.py").is_file():
+        print(f"skipped: there is no zoo at {options.zoo}; name one with --zoo or IRPRUNE_SHARED")
+        return 0
+    entries = _load(options.zoo)
+    chosen = [entry for entry in entries if not options.only or any(entry.name == name for name in options.only)]
+    unknown = set(options.only) - {entry.name for entry in entries}
+    if unknown:
+        print(f"no entry is called {', '.join(sorted(unknown))}", file=sys.stderr)
+        return 2
+    options.results.mkdir(parents=True, exist_ok=True)
+    jobs = [(entry, kind) for entry in chosen for kind in (["irprune", options.peer] if options.peer else ["irprune"])]
+    records = _run(jobs, options)
+    ours = [record for record in records if record["tool"] == "irprune"]
+    if not options.only:
+        options.out.write_text(page(ours, [record for record in records if record["tool"] != "irprune"]), encoding="utf-8")
+        print(f"wrote {options.out}")
+    print(verdict(ours))
+    return 1 if any(record["verdict"] == "failed" for record in ours) else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path(os.environ.get("IRPRUNE_SHARED", ROOT.parent / "shared"))
+    parser.add_argument("--zoo", type=Path, default=shared / "zoo", help="folder with zoo.py")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="entries to run; the page is not written then")
+    parser.add_argument("--peer", choices=["torch-pruning"], help="run this tool on the same entries, too")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md", help="the page")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "zoo", help="one JSON file per entry; delete to start afresh")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seconds", type=int, default=400, help="limit per entry")
+    parser.add_argument("--gib", type=float, default=12.0, help="limit of address space growth per entry")
+    return parser.parse_args()
+
+
+def _load(zoo: Path) -> list[Any]:
+    """The entries. What takes long to import is imported here, once: entries run in forks."""
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(zoo))
+    import onnxruntime
+    import transformers
+
+    import irprune.api
+    import irprune.backend.runtime
+    import zoo as module  # type: ignore[import-not-found]
+
+    del onnxruntime, transformers
+    return list(module.ENTRIES)
+
+
+# -- running -----------------------------------------------------------------------------------------
+
+
+def _run(jobs: list[tuple[Any, str]], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run what has no result yet, ``--jobs`` at a time; results in order."""
+    context = multiprocessing.get_context("fork")
+    waiting = [job for job in jobs if not _file(options, *job).is_file()]
+    total, done = len(waiting), 0
+    running: list[tuple[Any, str, Any, float]] = []
+    while waiting or running:
+        while waiting and len(running) < options.jobs:
+            entry, tool = waiting.pop(0)
+            process = context.Process(target=_child, args=(entry, tool, options))
+            process.start()
+            running.append((entry, tool, process, time.monotonic()))
+        time.sleep(0.2)
+        for item in list(running):
+            entry, tool, process, started = item
+            seconds = time.monotonic() - started
+            if process.is_alive() and seconds < options.seconds:
+                continue
+            if process.is_alive():
+                process.kill()
+            process.join()
+            file = _file(options, entry, tool)
+            if not file.is_file():
+                why = f"no result within {options.seconds} s" if seconds >= options.seconds else f"the process ended with {process.exitcode}"
+                _save(file, {"name": entry.name, "family": entry.family, "tool": tool, "verdict": "failed", "error": why, "seconds": seconds})
+            running.remove(item)
+            done += 1
+            record = json.loads(file.read_text())
+            print(f"[{done}/{total}] {tool} {line(record)}", flush=True)
+    return [json.loads(_file(options, *job).read_text()) for job in jobs]
+
+
+def _file(options: argparse.Namespace, entry: Any, tool: str) -> Path:
+    return options.results / f"{entry.name}.{tool}.json"
+
+
+def _save(file: Path, record: dict[str, Any]) -> None:
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1))
+    part.rename(file)
+
+
+def _child(entry: Any, tool: str, options: argparse.Namespace) -> None:
+    log = options.results / f"{entry.name}.{tool}.log"
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") if Path("/proc/self/statm").exists() else 0
+        if used:
+            limit = used + int(options.gib * 2**30)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        started = time.monotonic()
+        record: dict[str, Any] = {"name": entry.name, "family": entry.family, "tool": tool}
+        try:
+            (ours if tool == "irprune" else torch_pruning)(entry, record)
+        except Exception as error:
+            traceback.print_exc()
+            record.setdefault("verdict", "failed")
+            record["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        record["seconds"] = time.monotonic() - started
+        _save(_file(options, entry, tool), record)
+
+
+# -- irprune -----------------------------------------------------------------------------------------
+
+
+def ours(entry: Any, record: dict[str, Any]) -> None:
+    """The whole chain on one entry; ``record`` says how far it came."""
+    import irprune.api as api
+    from irprune.analysis.cost import Cost
+    from irprune.backend import onnx, runtime
+    from irprune.ir.facts import PruneReport
+
+    program = _traced(entry, record)
+    if program is None:
+        return
+    before = Cost(program)
+    clock = time.process_time()
+    pipeline = f"discover,score{{criterion=magnitude}},prune{{ratio={RATIO} of=indices kinds=all round_to=1}}"
+    with tempfile.TemporaryDirectory() as folder:
+        result = api.run(program, pipeline, out=f"{folder}/run")
+    record["prune_cpu_seconds"] = time.process_time() - clock
+    after = Cost(result.program)
+    report = next(fact for fact in result.facts if isinstance(fact, PruneReport))
+    record |= {"params": [before.params(), after.params()], "macs": [before.macs(), after.macs()], "checks": dict(report.checks)}
+    record["share"], record["frozen"] = _share(program)
+    record["unknown"] = dict(collections.Counter(d.freeze.message for d in program.typing.diagnostics))
+    record["proven"] = True
+    record["onnx"] = _exported(entry, program, result.program, onnx, runtime)
+    record["verdict"] = "failed" if record["onnx"].startswith("failed") else "passed"
+
+
+def _traced(entry: Any, record: dict[str, Any]) -> Any:
+    """The typed program; with eager attention or static axes where the model allows no other way."""
+    import irprune.api as api
+
+    errors = []
+    for build, note in (({}, ""), ({"attn": "eager"}, "eager attention")):
+        for static in (False, True):
+            try:
+                module = entry.build(**build)
+                args, kwargs = entry.example_inputs()
+                names = list(inspect.signature(module.forward).parameters)
+                dynamic = {} if static else dict(zip(names, entry.dynamic, strict=False))
+                clock = time.process_time()
+                program = api.trace(module, args, kwargs, dynamic)
+            except Exception as error:
+                errors.append(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+                continue
+            record["trace_cpu_seconds"] = time.process_time() - clock
+            record["note"] = ", ".join(filter(None, [note, "static axes" if static else ""]))
+            return program
+    record["verdict"], record["error"] = "not traceable", errors[0]
+    return None
+
+
+def _share(program: Any) -> tuple[float, dict[str, int]]:
+    """The share of parameters that lie in a prunable group, and what froze the others."""
+    from irprune.analysis.groups import discover
+    from irprune.ir.dims import resolve, variables
+
+    groups = discover(program)
+    free = {group.var for group in groups.prunable}
+    inside = total = 0
+    reasons: collections.Counter[str] = collections.Counter()
+    for name, node in program.holders.items():
+        if not program.is_parameter(name):
+            continue
+        numel = program.tensors[name].numel()
+        total += numel
+        own = [var for term in program.typing.of(node.name) for var in variables(resolve(term))]
+        if any(var in free for var in own):
+            inside += numel
+        else:
+            why = next((var.frozen for var in own if var.frozen is not None), None)
+            reasons[f"{why.code}: {why.message}" if why else "single: it has one index only"] += numel
+    return inside / max(total, 1), dict(reasons)
+
+
+def _exported(entry: Any, program: Any, pruned: Any, onnx: Any, runtime: Any) -> str:
+    """Export and compare; a model whose unpruned program does not export is not counted."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = onnx.export(pruned, Path(folder) / "pruned.onnx")
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            try:
+                onnx.export(program, Path(folder) / "original.onnx")
+            except Exception:
+                return f"unpruned does not export: {text}"
+            return f"failed to export: {text}"
+        try:
+            found = runtime.parity(pruned, runtime.Session(file.path, pruned))
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            with contextlib.suppress(Exception):
+                original = onnx.export(program, Path(folder) / "original.onnx")
+                try:
+                    runtime.parity(program, runtime.Session(original.path, program))
+                except Exception:
+                    return f"unpruned does not agree: {text}"
+            return f"failed parity: {text}"
+        return f"parity {found.max_abs_err:.2g}"
+
+
+# -- the peer ----------------------------------------------------------------------------------------
+
+
+def torch_pruning(entry: Any, record: dict[str, Any]) -> None:
+    """Torch-Pruning by its documentation: ``MagnitudePruner`` at the same ratio, outputs ignored.
+
+    The verdict counts exactness as far as it can be seen from outside: the pruned model runs, its
+    outputs have the original shapes and are finite, and something was removed.
+    """
+    import torch
+    import torch_pruning as tp  # type: ignore[import-not-found]
+
+    module = entry.build()
+    args, kwargs = entry.example_inputs()
+    assert not kwargs
+    with torch.no_grad():
+        reference = _leaves(module(*args))
+    before = sum(p.numel() for p in module.parameters())
+    ignored = [m for m in module.modules() if _last_layer(m, reference)]
+    heads = {
+        m: int(getattr(m.config, "num_attention_heads", 0))
+        for m in module.modules()
+        if hasattr(m, "config") and getattr(m.config, "num_attention_heads", None) and hasattr(m, "q_proj")
+    }
+    try:
+        pruner = tp.pruner.MagnitudePruner(
+            module,
+            args,
+            importance=tp.importance.MagnitudeImportance(p=2),
+            pruning_ratio=RATIO,
+            ignored_layers=ignored,
+            num_heads={m.q_proj: n for m, n in heads.items()},
+        )
+        pruner.step()
+        with torch.no_grad():
+            result = _leaves(module(*args))
+    except Exception as error:
+        record |= {"verdict": "failed", "error": f"exception: {type(error).__name__}: {error}".splitlines()[0][:200]}
+        return
+    after = sum(p.numel() for p in module.parameters())
+    record["params"] = [before, after]
+    if [r.shape for r in result] != [r.shape for r in reference]:
+        record |= {"verdict": "failed", "error": "wrong shape"}
+    elif not all(bool(torch.isfinite(r).all()) for r in result if r.is_floating_point()):
+        record |= {"verdict": "failed", "error": "wrong numbers (not finite)"}
+    elif after == before:
+        record |= {"verdict": "failed", "error": "nothing removed"}
+    else:
+        record["verdict"] = "passed"
+
+
+def _leaves(value: Any) -> list[Any]:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _last_layer(module: Any, outputs: list[Any]) -> bool:
+    import torch
+
+    sizes = {int(output.shape[-1]) for output in outputs} | {int(output.shape[1]) for output in outputs if output.ndim > 1}
+    width = getattr(module, "out_features", getattr(module, "out_channels", None))
+    return isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and width in sizes
+
+
+# -- writing -----------------------------------------------------------------------------------------
+
+
+def line(record: dict[str, Any]) -> str:
+    parts = [record["name"], record["verdict"]]
+    if "share" in record:
+        parts.append(f"prunable {record['share']:.0%}")
+    if record.get("onnx"):
+        parts.append(f"onnx {record['onnx']}")
+    if record.get("error"):
+        parts.append(record["error"])
+    return "  ".join([*parts, f"{record['seconds']:.0f} s"])
+
+
+def verdict(records: list[dict[str, Any]]) -> str:
+    passed = sum(record["verdict"] == "passed" for record in records)
+    failed = sum(record["verdict"] == "failed" for record in records)
+    return f"{passed} passed, {failed} failed of {passed + failed} traceable"
+
+
+def page(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> str:
+    """The coverage page."""
+    import torch
+    import transformers
+
+    traced = [record for record in ours if record["verdict"] != "not traceable"]
+    shares = sorted(record["share"] for record in traced if "share" in record)
+    exported = [record for record in traced if record.get("onnx", "").startswith("parity")]
+    lines = [
+        "# Coverage",
+        "",
+        f"Generated by `python tools/zoo.py` with torch {torch.__version__} and transformers {transformers.__version__}. "
+        f"Tiny random weights; {RATIO:.0%} of the indices of every prunable group removed, all kinds; proven against the masked, "
+        "renormalised original; exported to ONNX and compared in onnxruntime.",
+        "",
+        f"- {verdict(ours)}; {len(ours) - len(traced)} of {len(ours)} cannot be traced by `torch.export`.",
+        f"- ONNX: {len(exported)} agree with torch; {sum(r.get('onnx', '').startswith('unpruned') for r in traced)} do not export unpruned.",
+    ]
+    if shares:
+        low = [record for record in traced if record.get("share", 1) < FLOOR]
+        lines.append(f"- Share of parameters in a prunable group: median {statistics.median(shares):.1%}, least {shares[0]:.1%}.")
+        lines.append(f"- Under {FLOOR:.0%}: {', '.join(record['name'] for record in low) or 'none'}.")
+    if peer:
+        counted = collections.Counter(_peer_class(record) for record in peer)
+        lines.append(
+            "- Torch-Pruning on the same entries by its documentation: " + ", ".join(f"{n} {what}" for what, n in counted.most_common()) + "."
+        )
+    beside = {record["name"]: record for record in peer}
+    head = ["entry", "verdict", "parameters", "prunable", "frozen or unknown, with parameters", "ONNX", "s"] + (["Torch-Pruning"] if peer else [])
+    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for record in ours:
+        before, after = record.get("params", (None, None))
+        reasons = [f"{why} ({count:,})" for why, count in sorted(record.get("frozen", {}).items(), key=lambda item: -item[1])]
+        reasons += [f"{what} ({count} times)" for what, count in record.get("unknown", {}).items()]
+        cells = [
+            record["name"] + (f" ({record['note']})" if record.get("note") else ""),
+            record["verdict"],
+            f"{before:,} → {after:,}" if before else "",
+            f"{record['share']:.1%}" if "share" in record else "",
+            "; ".join(reasons) or record.get("error", ""),
+            record.get("onnx", ""),
+            f"{record['seconds']:.0f}",
+        ]
+        if peer:
+            cells.append(_peer_class(beside[record["name"]]) if record["name"] in beside else "")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join([*lines, "", verdict(ours), ""])
+
+
+def _peer_class(record: dict[str, Any]) -> str:
+    if record["verdict"] == "passed":
+        return "ran"
+    error = record.get("error", "")
+    known = ("wrong shape", "wrong numbers", "nothing removed", "no result", "exception")
+    return next((what for what in known if error.startswith(what)), "exception").replace("no result", "does not end")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

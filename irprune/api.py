@@ -28,7 +28,7 @@ from irprune.errors import DataError, OptionError, PipelineError
 from irprune.frontend import export
 from irprune.frontend.batches import Binding
 from irprune.ir.facts import Fact, Groups, Original, Plan, PruneReport, Task, Workspace
-from irprune.ir.program import Program, location
+from irprune.ir.program import Program
 from irprune.pipeline import files, manager, manifest, registry
 from irprune.pipeline.instruments import Timed, Timing
 from irprune.pipeline.manager import Instrument
@@ -36,6 +36,7 @@ from irprune.pipeline.manifest import Manifest
 from irprune.pipeline.parser import parse, parse_toml, unparse, write
 from irprune.pipeline.passes import Facts, Pass
 from irprune.pipeline.progress import doing
+from irprune.report.tables import notes
 from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
@@ -54,7 +55,7 @@ class Run:
         path: The run directory; ``None`` where nothing was written.
         facts: What is known about the program.
         steps: The passes that ran, with their times.
-        plan: In a dry run: what would go, per group.
+        plan: In a dry run: what would go, per group; ``None`` in a real one.
     """
 
     program: Program
@@ -62,7 +63,7 @@ class Run:
     path: Path | None
     facts: Facts
     steps: tuple[Timed, ...]
-    plan: tuple[PlanRow, ...] = ()
+    plan: tuple[PlanRow, ...] | None = None
 
 
 def trace(
@@ -75,6 +76,7 @@ def trace(
     return typed(export.trace(module, args, kwargs, dynamic))
 
 
+@doing("load and trace")
 def load(
     target: Target,
     *,
@@ -102,12 +104,16 @@ def load(
     if isinstance(target, str | os.PathLike):
         from irprune.frontend import target as targets
 
+        own = {"example_inputs": example_inputs, "dynamic": dynamic, "loss": loss, "evaluate": evaluate}
+        options.update({name: value for name, value in own.items() if value not in (None, ())})
         program, facts = targets.load(os.fspath(target), calibration=calibration, seed=seed, **options)
         return _typed(program), facts
     if isinstance(target, Program):
         name, program = "program", target
     else:
         name = type(target).__name__
+        if options:
+            raise OptionError(f"unknown option '{next(iter(options))}' for a module", hint="see irprune.api.load for those that exist")
         args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
         program = export.trace(target, args, kwargs, dynamic)
     codegen = program.module.graph._codegen
@@ -154,9 +160,7 @@ def run(
         return _run(*load(target, seed=seed, **options), pipeline, None, instruments)
     place = Path(out) if out is not None else files.numbered("runs", _stem(target))
     with files.staged(place, force=force, artefacts=ARTEFACTS, last=manifest.NAME) as folder:
-        with doing("load and trace"):
-            program, facts = load(target, seed=seed, **options)
-        done = _run(program, facts, pipeline, folder, instruments)
+        done = _run(*load(target, seed=seed, **options), pipeline, folder, instruments)
     return dataclasses.replace(done, path=place)
 
 
@@ -187,8 +191,7 @@ def validate(
     pipeline = parse(f"{replay}validate{{{options}}}")
     said = old.onnx.model_extra or {}
     file = OnnxFile(folder / said["file"], said["opset"], said["inputs"], said["outputs"], said["size_bytes"], tuple(said["external_data"]))
-    with doing("load and trace"):
-        program, facts = load(target, **load_options)
+    program, facts = load(target, **load_options)
     with tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
         return _run(program, (*facts, file, Workspace(Path(scratch))), pipeline, None, instruments)
 
@@ -223,14 +226,14 @@ def _run(program: Program, facts: Iterable[Fact], pipeline: Sequence[Pass], fold
             "passes": manifest.applied(timing.steps),
             "model": {"before": _size(original), "after": _size(program)},
             "files": manifest.hashes(folder) if folder is not None else {},
-            "notes": _notes(original),
+            "notes": notes(original),
             **manifest.noted(found),
         }
     )
     if folder is not None:
         written.write(folder)
-    rows = plan_table(plan, found[Groups], Cost(program)) if plan is not None else []
-    return Run(program, written, None, found, tuple(timing.steps), tuple(rows))
+    rows = tuple(plan_table(plan, found[Groups], Cost(program))) if plan is not None else None
+    return Run(program, written, None, found, tuple(timing.steps), rows)
 
 
 def _pipeline(passes: str | Sequence[Pass] | None, config: str | os.PathLike[str] | None) -> list[Pass]:
@@ -275,12 +278,3 @@ def _stem(target: Target) -> str:
     if isinstance(target, str | os.PathLike):
         return Path(os.fspath(target).removeprefix("hf:")).name.removesuffix(".py") or "run"
     return "program" if isinstance(target, Program) else type(target).__name__.lower()
-
-
-def _notes(program: Program) -> list[str]:
-    """What the trace and the analysis want to say, once each."""
-    found = program.typing.diagnostics
-    frozen = [
-        f"{location(program.by_name[one.node]) or '%' + one.node}: {one.freeze.message}" for one in found if one.node in program.by_name
-    ]
-    return list(dict.fromkeys([*program.interface.notes, *frozen]))

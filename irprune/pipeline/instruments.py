@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -85,14 +86,15 @@ class Timing(Instrument):
         yield
         self.steps.append(Timed(step.of, step.seconds))
 
-    def table(self) -> Table:
-        """Pass, seconds and share of the total."""
-        table = Table("pass", "seconds", "share")
-        total = sum(step.seconds for step in self.steps)
-        for step in self.steps:
-            table.add_row(str(step.of), f"{step.seconds:.3f}", f"{step.seconds / total:.1%}" if total else "")
-        table.add_row("total", f"{total:.3f}", "")
-        return table
+
+def timing_table(steps: Sequence[Timed]) -> Table:
+    """Pass, seconds and share of the total."""
+    table = Table("pass", "seconds", "share")
+    total = sum(step.seconds for step in steps)
+    for step in steps:
+        table.add_row(escape(str(step.of)), f"{step.seconds:.3f}", f"{step.seconds / total:.1%}" if total else "")
+    table.add_row("total", f"{total:.3f}", "")
+    return table
 
 
 class PrintIR(Instrument):

@@ -127,6 +127,9 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
     bounds = [f"{words} {getattr(item, name)}" for kind, name, words in _BOUNDS for item in _flat(metadata) if isinstance(item, kind)]
     counts = [item for item in _flat(metadata) if isinstance(item, annotated_types.MinLen) and item.min_length]
     text = _noun(annotation)
+    patterns = [item.pattern for item in _flat(metadata) if getattr(item, "pattern", None)]
+    if patterns:
+        text += f" that fits {patterns[0]}"
     if bounds:
         text += ", " + " and ".join(bounds)
     if counts:

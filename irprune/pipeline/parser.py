@@ -101,6 +101,12 @@ def write(value: Any) -> str:
     return text if _BARE.fullmatch(text) and not isinstance(_word(text), Word) else json.dumps(text, ensure_ascii=False)
 
 
+def read(text: str) -> Any:
+    """One bare word as the number, truth value, nothing or text that it is."""
+    word = _word(text)
+    return word.value if isinstance(word, Word) else text
+
+
 def _word(text: str) -> str:
     """A bare word, with what else it could be read as."""
     if text in _CONSTANTS:

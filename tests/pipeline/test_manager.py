@@ -17,7 +17,7 @@ from irprune.errors import PipelineError
 from irprune.ir.facts import Fact, Original, Task
 from irprune.ir.program import Interface, Program
 from irprune.pipeline import registry
-from irprune.pipeline.instruments import Progress, Timing, Untouched, fingerprint
+from irprune.pipeline.instruments import Progress, Timing, Untouched, fingerprint, timing_table
 from irprune.pipeline.manager import Instrument, Step, completed, run
 from irprune.pipeline.parser import unparse
 from irprune.pipeline.passes import Facts, Pass, Result
@@ -225,7 +225,7 @@ def test_timing_lists_every_pass(program: Program) -> None:
     after, _ = run([Weigh()], program, instruments=[timing])
     assert [(str(step.of), step.seconds) for step in timing.steps] == [(one.text, one.seconds) for one in after.provenance]
     assert all(step.seconds > 0 for step in timing.steps)
-    assert timing.table().row_count == 3
+    assert timing_table(timing.steps).row_count == 3
 
 
 class Loop(Pass):

@@ -1,0 +1,226 @@
+"""Tables of runs, plans and groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from irprune.analysis.cost import Cost
+from irprune.analysis.plan import PlanRow
+from irprune.ir.facts import Group, Groups
+from irprune.ir.program import Program, location
+from irprune.pipeline.manifest import Manifest
+
+# -- runs -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of a run.
+
+    Attributes:
+        label: What was measured, with its unit.
+        before: The figure of the program as traced; ``None`` where it was not measured.
+        after: The figure of the result.
+        form: How the figures are written.
+    """
+
+    label: str
+    before: float | None
+    after: float
+    form: str = ",.4g"
+
+    @property
+    def ratio(self) -> float | None:
+        """After over before."""
+        return self.after / self.before if self.before else None
+
+
+def run_rows(of: Manifest) -> Iterator[Row]:
+    """What a run measured, before and after."""
+    before, after = of.model.before, of.model.after
+    yield Row("parameters", before.params, after.params, ",d")
+    yield Row("multiply-accumulates", before.macs, after.macs, ",d")
+    yield Row("weights, bytes", before.bytes, after.bytes, ",d")
+    said: dict[str, Any] = of.model_dump()
+    onnx, torch = said.get("onnx") or {}, said.get("torch_eager") or {}
+    yield from _measured("ONNX file, bytes", onnx.get("file_bytes"), ",d")
+    yield from _measured("torch latency, ms", torch.get("latency_ms"))
+    yield from _measured("onnxruntime latency, ms", onnx.get("latency_ms"))
+    first, last = said["metrics"]["before"] or {}, said["metrics"]["after"] or {}
+    for name in last:
+        yield Row(name, first.get(name), last[name])
+
+
+def _measured(label: str, pair: Mapping[str, float] | None, form: str = ",.4g") -> Iterator[Row]:
+    if pair:
+        yield Row(label, pair.get("before"), pair["after"], form)
+
+
+def run_table(of: Manifest) -> Table:
+    """Only what was measured: each before, after and after over before."""
+    table = table_of("", ("before", "right"), ("after", "right"), ("ratio", "right"))
+    for row in run_rows(of):
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+        table.add_row(escape(row.label), "" if row.before is None else format(row.before, row.form), format(row.after, row.form), ratio)
+    return table
+
+
+def run_lines(of: Manifest) -> Iterator[str]:
+    """What was asked, reached and proven, one line each."""
+    if of.prune is not None:
+        asked = " ".join(f"{key}={value}" for key, value in of.prune.requested.items())
+        yield f"asked for {asked}; reached {of.prune.achieved['ratio']:.4f}"
+    numbers = of.checks.numbers
+    if of.checks.shapes:
+        found = "no weights to compare"
+        if numbers is not None and numbers.max_abs_err is not None:
+            found = f"numbers within {numbers.max_abs_err:.2g} (allowed {numbers.tolerance:.2g})"
+        yield f"proven: shapes, interface, {found}"
+    elif of.prune is not None:
+        yield "not proven: the proof was switched off"
+    if of.onnx is not None and of.onnx.parity_max_abs_err is not None:
+        yield f"onnxruntime agrees with torch within {of.onnx.parity_max_abs_err:.2g}"
+
+
+# -- plans ----------------------------------------------------------------------------------------
+
+
+def plan_table(rows: Iterable[PlanRow]) -> Table:
+    """What would go, per group."""
+    table = table_of("group", "kind", ("layer", "right"), ("indices", "right"), ("kept", "right"), ("parameters removed", "right"))
+    for row in rows:
+        layer = "" if row.layer is None else str(row.layer)
+        table.add_row(row.group, row.kind, layer, f"{row.size:,}", f"{row.kept:,}", f"{row.params_removed:,}")
+    return table
+
+
+def plan_lines(of: Manifest, rows: Iterable[PlanRow]) -> Iterator[str]:
+    """What was asked for, and what the plan reaches."""
+    rows = list(rows)
+    if of.prune is not None:
+        asked = " ".join(f"{key}={value}" for key, value in of.prune.requested.items())
+        reached = ", ".join(f"{of.prune.achieved[unit]:.4f} of the {unit}" for unit in ("params", "macs") if unit in of.prune.achieved)
+        yield f"asked for {asked}; the plan removes {reached}"
+    yield f"{sum(row.size - row.kept for row in rows):,} indices of {len(rows)} groups would go; nothing was changed or written"
+
+
+# -- groups ---------------------------------------------------------------------------------------
+
+
+def group_data(program: Program, group: Group) -> dict[str, Any]:
+    """A group as plain data, for machines."""
+    frozen = None
+    if group.frozen is not None:
+        node = program.by_name.get(group.frozen.node or "")
+        place = location(node) if node is not None else None
+        frozen = {"code": group.frozen.code, "message": group.frozen.message, "node": group.frozen.node, "location": place}
+    return {
+        "name": group.name,
+        "key": group.key,
+        "kind": group.kind,
+        "size": group.size,
+        "exact": group.exact,
+        "params_per_index": group.params_per_index,
+        "macs_per_index": group.macs_per_index,
+        "members": [{"tensor": member.tensor, "axis": member.axis, "role": member.role} for member in group.members],
+        "carriers": list(group.carriers),
+        "mixers": list(group.mixers),
+        "frozen": frozen,
+    }
+
+
+def inspection(program: Program, groups: Groups) -> dict[str, Any]:
+    """A program and its groups as plain data, for machines."""
+    cost = Cost(program)
+    return {
+        "params": cost.params(),
+        "macs": cost.macs(),
+        "bytes": cost.bytes(),
+        "prunable_params": prunable_params(program, groups),
+        "groups": [group_data(program, group) for group in groups],
+        "notes": notes(program),
+    }
+
+
+def inspection_lines(program: Program, groups: Groups) -> Iterator[str]:
+    """How much of a program is prunable, and what analysis could not use."""
+    total, within = Cost(program).params(), prunable_params(program, groups)
+    share = f" ({within / total:.1%})" if total else ""
+    yield f"{len(groups.prunable)} prunable groups, {len(groups) - len(groups.prunable)} that stay whole"
+    yield f"{within:,} of {total:,} parameters{share} lie in a prunable group"
+    yield from (f"note: {note}" for note in notes(program))
+
+
+def notes(program: Program) -> list[str]:
+    """What the trace and the analysis want to say, once each."""
+    found = []
+    for one in program.typing.diagnostics:
+        node = program.by_name.get(one.node)
+        place = location(node) if node is not None else None
+        found.append(f"{place or '%' + one.node}: {one.freeze.message}")
+    return list(dict.fromkeys([*program.interface.notes, *found]))
+
+
+def prunable_params(program: Program, groups: Groups) -> int:
+    """Number of parameters that lie in at least one prunable group."""
+    within = {member.tensor for group in groups.prunable for member in group.members}
+    return sum(tensor.numel() for name, tensor in program.tensors.items() if name in within and program.is_parameter(name))
+
+
+def groups_table(groups: Iterable[Group], *, every: bool = False) -> Table:
+    """Groups with their members.
+
+    Args:
+        groups: What to list.
+        every: One row for each; otherwise groups that differ in the number of their block only share
+            a row.
+    """
+    table = table_of("group", "kind", ("indices", "right"), "exact", ("parameters per index", "right"), "members, or why it stays whole")
+    shown = [[group] for group in groups] if every else alike(groups)
+    for run in shown:
+        first = run[0]
+        name = first.name if len(run) == 1 else f"{first.name} … {run[-1].name} ({len(run)} x)"
+        told = first.frozen.message if first.frozen is not None else _members(first, every or len(run) == 1)
+        exact = "yes" if first.exact else "no"
+        table.add_row(name, first.kind, f"{first.size:,}", exact, f"{first.params_per_index:,}", escape(told))
+    return table
+
+
+def alike(groups: Iterable[Group]) -> list[list[Group]]:
+    """Groups in runs that differ only in the numbers within their tensors' names."""
+    runs: dict[tuple[Any, ...], list[Group]] = {}
+    for group in groups:
+        frozen = (group.frozen.code, _blank(group.frozen.message)) if group.frozen is not None else None
+        members = tuple((_blank(member.tensor), member.axis, member.role) for member in group.members)
+        runs.setdefault((group.kind, group.size, group.exact, group.params_per_index, frozen, members), []).append(group)
+    return list(runs.values())
+
+
+def _blank(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _members(group: Group, exact_names: bool) -> str:
+    names = [str(member) if exact_names else f"{_blank(member.tensor)}:{member.axis}" for member in group.members]
+    return " ".join(dict.fromkeys(names))
+
+
+Justify = Literal["left", "right"]
+
+
+def table_of(*columns: str | tuple[str, Justify]) -> Table:
+    """An empty table with these columns, each a label or a label with its side."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        if isinstance(column, str):
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column[0], justify=column[1], overflow="fold")
+    return table

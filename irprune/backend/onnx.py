@@ -136,34 +136,30 @@ class Signature:
 def export(
     program: Program, path: Path, *, opset: int | None = None, optimize: bool = True, external_data: bool | Literal["auto"] = "auto"
 ) -> OnnxFile:
-    """Write a program as an ONNX file.
+    """Write a program as an ONNX file: :func:`convert`, then :func:`write`."""
+    return write(convert(program, opset=opset, optimize=optimize), path, external_data=external_data)
 
-    The file appears under its name only when whole, its external data before it. Inputs, outputs and
-    dynamic axes carry the names of the program's interface, weights the model's own names; a weight
-    that the file stores transposed ends in ``.T``. The file holds no paths of this machine.
+
+def convert(program: Program, *, opset: int | None = None, optimize: bool = True) -> onnx_ir.Model:
+    """A program as an ONNX model in memory.
+
+    Inputs, outputs and dynamic axes carry the names of the program's interface, weights the model's
+    own names; a weight that is stored transposed ends in ``.T``. Nothing tells of this machine.
 
     Args:
-        program: The program, its weights in memory.
-        path: The model file; external data stands beside it as ``<name>.data``.
+        program: The program, its weights in memory; they are shared, not copied, where they are not transposed.
         opset: Version of the operator set; by default 20, or 23 for bfloat16, which older ones hardly know.
         optimize: Fold constants and fuse operations.
-        external_data: Weights beside the model file; ``auto`` does so where they exceed what one
-            file can hold (2 GiB).
 
     Raises:
         ExportError: The program cannot be expressed; names the operation and the model's line.
-        OutputError: The file cannot be written.
     """
-    import onnx
-    import onnx_ir
-
     meta = next((name for name, tensor in program.tensors.items() if tensor.is_meta), None)
     if meta is not None:
         raise ExportError(f"the weight '{meta}' has no data (meta device)", hint="load the model with its weights, or leave out 'export'")
     opset = opset or (23 if any(tensor.dtype == torch.bfloat16 for tensor in program.tensors.values()) else 20)
-    signature = Signature.of(program)
     with _quiet():
-        flat = flattened(program, signature)
+        flat = flattened(program, Signature.of(program))
         try:
             written = torch.onnx.export(to_exported(flat), verbose=False, optimize=False, opset_version=opset)
             assert written is not None
@@ -174,33 +170,50 @@ def export(
             raise
         except Exception as error:
             raise _failure(error) from error
-        model = written.model
-        _name(model, flat, transposed)
-    _verify(model, flat, opset)
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if external_data is False and size > INLINE_LIMIT_BYTES:
+        _name(written, flat, transposed)
+    _verify(written.model, flat, opset)
+    return written.model
+
+
+def write(model: onnx_ir.Model, path: Path, *, external_data: bool | Literal["auto"] = "auto") -> OnnxFile:
+    """Write an ONNX model; its file appears under its name only when whole and valid.
+
+    Args:
+        model: As :func:`convert` gives it.
+        path: The model file; external data stands beside it as ``<name>.data``.
+        external_data: Weights beside the model file; ``auto`` does so where they exceed what one
+            file can hold (2 GiB).
+
+    Raises:
+        ExportError: The weights do not fit, or the model is not valid ONNX.
+        OutputError: The file cannot be written.
+    """
+    import onnx
+    import onnx_ir
+
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+    if external_data is False and weights > INLINE_LIMIT_BYTES:
         raise ExportError(
-            f"{size / 2**30:.1f} GiB of weights do not fit in one ONNX file", hint="give external_data=auto, or external_data=true"
+            f"{weights / 2**30:.1f} GiB of weights do not fit in one ONNX file", hint="give external_data=auto, or external_data=true"
         )
-    external = external_data is True or size > INLINE_LIMIT_BYTES
-    data = f"{path.name}.data"
+    data = f"{path.name}.data" if external_data is True or weights > INLINE_LIMIT_BYTES else None
     with atomic(path) as part:
-        onnx_ir.save(model, part, external_data=data if external else None, size_threshold_bytes=1024)
+        onnx_ir.save(model, part, external_data=data, size_threshold_bytes=1024)
         try:
             onnx.checker.check_model(str(part), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise ExportError(f"the exported model is not valid ONNX: {_first_line(error)}", hint=_HINT) from error
-    companion = path.with_name(data)
+        sizes = {file.name: file.stat().st_size for file in part.parent.iterdir()}
+    external = tuple(name for name in sizes if name != path.name)
     if not external:
-        companion.unlink(missing_ok=True)
-    files = [path, companion] if companion.exists() else [path]
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     return OnnxFile(
         path=path,
-        opset=opset,
-        inputs={name: _shape(value) for name, value in zip(signature.inputs, model.graph.inputs, strict=True)},
-        outputs={name: _shape(value) for name, value in zip(signature.outputs, model.graph.outputs, strict=True)},
-        size_bytes=sum(file.stat().st_size for file in files),
-        external=tuple(file.name for file in files[1:]),
+        opset=model.opset_imports[""],
+        inputs={str(value.name): _shape(value) for value in model.graph.inputs},
+        outputs={str(value.name): _shape(value) for value in model.graph.outputs},
+        size_bytes=sum(sizes.values()),
+        external=external,
     )
 
 
@@ -299,15 +312,14 @@ def _transposed_weights(model: onnx_ir.Model) -> dict[str, str]:
     }
 
 
-def _name(model: onnx_ir.Model, flat: Program, transposed: Mapping[str, str]) -> None:
+def _name(written: torch.onnx.ONNXProgram, flat: Program, transposed: Mapping[str, str]) -> None:
     """Give inputs, outputs, axes and folded weights their names, and drop what tells of this machine."""
     import onnx_ir
-    from torch.onnx._internal.exporter._ir_passes import rename_axis
 
-    graph = model.graph
-    for name, value in list(graph.initializers.items()):
-        if name in transposed:
-            value.name = f"{transposed[name]}.T"
+    model, graph = written.model, written.model.graph
+    folded = {name: f"{weight}.T" for name, weight in transposed.items() if name in graph.initializers}
+    for old, new in zip(folded, _unique(folded.values(), taken=list(graph.initializers)), strict=True):
+        graph.initializers[old].name = new
     values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph.all_nodes() for value in node.outputs)]
     bounds = dict(zip([*graph.inputs, *graph.outputs], [*flat.interface.inputs, *flat.interface.outputs], strict=True))
     for value in values:
@@ -323,7 +335,7 @@ def _name(model: onnx_ir.Model, flat: Program, transposed: Mapping[str, str]) ->
             dim = value.shape[axis] if value.shape is not None else None
             if isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None:
                 axes.setdefault(dim.value, label)
-    rename_axis(model, axes)
+    written.rename_axes(axes)
     model.metadata_props.clear()
     graph.metadata_props.clear()
     for node in graph.all_nodes():

@@ -53,7 +53,7 @@ class Keep:
             out = out & torch.from_numpy(self._shrink.mask(term)).to(value.device).reshape(shape)
         return out
 
-    def call(self, **replaced: Any) -> Any:
+    def call(self, /, **replaced: Any) -> Any:
         """The operation itself with some arguments replaced."""
         return _call(self._node.target, {**self._bound, **replaced})
 

@@ -195,11 +195,13 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
 
 
 def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
-    """Compute constants that a shrunk axis runs through, once, and keep the wanted part as a buffer."""
+    """Compute constants that are or read a shrunk value, once, and keep the wanted part as a buffer."""
     types = program.typing
     wanted = []
     for node in program.nodes:
-        if node.name in types.constants and op_name(node.target) not in UNIFORM and shrink.any(types.axes.get(node.name)):
+        if node.name not in types.constants or op_name(node.target) in UNIFORM:
+            continue
+        if any(shrink.any(types.axes.get(value.name)) for value in (node, *node.all_input_nodes)):
             wanted.append(node)
     if not wanted:
         return

@@ -226,6 +226,10 @@ class Dims:
                 break
             a, b = left[-1], right[-1]
             size_a, size_b = atom_size(a), atom_size(b)
+            if (size_a == 1) != (size_b == 1):
+                single = left if size_a == 1 else right
+                self.freeze((single.pop(),), Freeze("unit", "a single position of a product always stays", why.node))
+                continue
             if size_a == size_b:
                 left.pop()
                 right.pop()

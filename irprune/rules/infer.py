@@ -93,7 +93,15 @@ class Op:
         self._event(value, dims, "contract")
 
     def mix(self, value: Value, how: str, *dims: int) -> None:
-        """Results depend on the set of indices along the axes, not only on their sum of products."""
+        """Results depend on the set of indices along the axes, not only on their sum of products.
+
+        Without a *renormalise* function to compare a removal with, they stay whole.
+        """
+        entry = registry().find(self.node.target)
+        if entry is None or entry.renormalise is None:
+            for dim in dims:
+                self.freeze(value.axes[dim], "mixed", f"{op_name(self.node.target)} reads across it and has no renormalised form")
+            return
         self._event(value, dims, how)
 
     def _event(self, value: Value, dims: Iterable[int], how: str) -> None:
@@ -118,10 +126,15 @@ class Op:
             for axes in operands:
                 if -position > len(axes) or not axes[position]:
                     continue
-                if found:
-                    self.unify(found, axes[position])
-                else:
+                if not found:
                     found = axes[position]
+                    continue
+                one, other = (term_size(resolve(term)) == 1 for term in (found, axes[position]))
+                if one == other:
+                    self.unify(found, axes[position])
+                    continue
+                self.freeze(found if one else axes[position], "unit", "a single position is broadcast")
+                found = axes[position] if one else found
             out.append(found)
         return tuple(out)
 

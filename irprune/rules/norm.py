@@ -92,8 +92,11 @@ def batch_norm(
     running_mean: Value | None = None,
     running_var: Value | None = None,
 ) -> Any:
-    """Per-channel statistics: nothing is mixed along axis 1."""
+    """Per-channel statistics: nothing is mixed along axis 1; places that they are computed over stay."""
     channel = 1 if input.ndim > 1 else 0
+    if running_mean is None or "instance" in op.node.target.__name__:
+        for dim in (0, *range(2, input.ndim)):
+            op.freeze(input.axes[dim], "mixed", "a statistic is computed over it")
     for data in (weight, bias, running_mean, running_var):
         if data is not None:
             op.unify(input.axes[channel], data.axes[0])
@@ -107,7 +110,9 @@ def batch_norm(
 
 @rule("group_norm", "native_group_norm")
 def group_norm(op: Op, input: Value, weight: Value | None = None, bias: Value | None = None) -> Any:
-    """Channels are ``groups * each``; ``each`` (and space) is mixed, groups are independent."""
+    """Channels are ``groups * each``; ``each`` (and space, which stays) is mixed, groups are independent."""
+    for term in input.axes[2:]:
+        op.freeze(term, "mixed", "a statistic is computed over it")
     name = "num_groups" if "native" not in op.node.target.__name__ else "group"
     bound = dict(zip([a.name for a in op.node.target._schema.arguments], op.node.args, strict=False))
     groups = int({**bound, **op.node.kwargs}[name])

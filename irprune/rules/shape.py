@@ -42,17 +42,25 @@ def regroup(op: Op, axes: Axes, shape: Sequence[Size]) -> Axes:
             return (*solid, *reversed(out))
         rest, minor = parts
         out.append(minor)
+    op.freeze(rest, "unit", "its single position is not an axis of the result")
     return tuple(reversed(out))
 
 
 @rule(*RESHAPES)
-def reshape(op: Op, self: Value) -> Axes:
-    return regroup(op, self.axes, op.shape)
+def reshape(op: Op, self: Value, dtype: torch.dtype | None = None) -> Axes:
+    if dtype is None:
+        return regroup(op, self.axes, op.shape)
+    if op.shape == self.shape:
+        return self.axes
+    op.freeze(self.axes[-1], "position", "its bytes are read as another type")
+    return (*self.axes[:-1], op.solid(op.shape[-1], "position", "its bytes were read as another type"))
 
 
 @resize("view", "reshape", "_unsafe_view", "view_copy", "_reshape_copy")
 def resize_reshape(rw: Resize, **arguments: Any) -> None:
     """Sizes follow the result's axes; ``view`` becomes ``reshape``, as strides may change."""
+    if "dtype" in arguments:
+        return
     name = "size" if "size" in arguments else "shape"
     rw.set(name, rw.sizes(arguments[name]))
     rw.retarget(torch.ops.aten.reshape.default, ("self", "shape"), {"self": arguments["self"], "shape": rw.get(name)})
@@ -111,6 +119,9 @@ def squeeze(op: Op, self: Value, dim: int | list[int] | None = None) -> Axes:
         chosen = set(range(self.ndim))
     else:
         chosen = {d % self.ndim for d in (dim if isinstance(dim, list) else [dim])} if self.ndim else set()
+    for i in chosen:
+        if self.shape[i] == 1:
+            op.freeze(self.axes[i], "unit", "its single position is not an axis of the result")
     return tuple(term for i, term in enumerate(self.axes) if not (i in chosen and self.shape[i] == 1))
 
 
@@ -125,7 +136,8 @@ def expand(op: Op, self: Value) -> Axes:
     out = []
     for i, size in enumerate(shape):
         old = self.axes[i - new] if i >= new else UNIT
-        grown = not old and size != 1
+        grown = size != 1 and term_size(resolve(old)) == 1
+        op.freeze(old if grown else UNIT, "unit", "a single position is broadcast")
         term = op.fresh(size) if grown else old
         if grown:
             op.note(f"broadcast{i}", term)

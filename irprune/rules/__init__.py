@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-FAMILIES = ("pointwise", "shape", "linear", "convolution", "attention", "norm", "reduction", "indexing")
+FAMILIES = ("pointwise", "shape", "linear", "convolution", "attention", "norm", "reduction", "indexing", "recurrent")
 
 
 def register_all() -> None:

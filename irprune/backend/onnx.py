@@ -76,6 +76,21 @@ class OnnxFile(Note):
 
 
 @dataclass(frozen=True)
+class Argument:
+    """One flat argument of a call.
+
+    Attributes:
+        name: Name of the argument: the file's input where it is a tensor.
+        fixed: It is no tensor but a constant that the trace has folded in.
+        value: The constant.
+    """
+
+    name: str
+    fixed: bool = False
+    value: Any = None
+
+
+@dataclass(frozen=True)
 class Result:
     """One flat result of a call.
 
@@ -96,17 +111,17 @@ class Signature:
 
     Attributes:
         parameters: Names of the arguments at the top level, positional ones first.
-        arguments: Structure of ``(args, kwargs)``.
-        feeds: Name of the file's input for each flat argument, ``None`` for one that is not a tensor.
-        outcome: Structure of the outputs.
+        arguments: One per flat argument.
+        income: Structure of ``(args, kwargs)``.
         results: One per flat output.
+        outcome: Structure of the outputs.
     """
 
     parameters: tuple[str, ...]
-    arguments: pytree.TreeSpec
-    feeds: tuple[str | None, ...]
-    outcome: pytree.TreeSpec
+    arguments: tuple[Argument, ...]
+    income: pytree.TreeSpec
     results: tuple[Result, ...]
+    outcome: pytree.TreeSpec
 
     @classmethod
     def of(cls, program: Program) -> Signature:
@@ -115,18 +130,22 @@ class Signature:
         info = graph._codegen.pytree_info
         assert info.out_spec is not None
         holders = graph.find_nodes(op="placeholder")
-        feeds = tuple(name if _is_tensor(node) else None for name, node in zip(program.interface.inputs, holders, strict=True))
+        values = pytree.tree_leaves(program.interface.example)
+        arguments = tuple(
+            Argument(name) if _is_tensor(node) else Argument(name, fixed=True, value=value)
+            for name, node, value in zip(program.interface.inputs, holders, values, strict=True)
+        )
         leaves = _leaves(graph)
         wanted = program.interface.outputs or [f"output{position}" for position in range(len(leaves))]
         results = tuple(
             Result(name, scalar=not _is_tensor(leaf)) if isinstance(leaf, fx.Node) else Result(None, leaf)
-            for name, leaf in zip(_unique(wanted, taken=filter(None, feeds)), leaves, strict=True)
+            for name, leaf in zip(_unique(wanted, taken=program.interface.inputs), leaves, strict=True)
         )
-        return cls(tuple(info.orig_args), info.in_spec, feeds, info.out_spec, results)
+        return cls(tuple(info.orig_args), arguments, info.in_spec, results, info.out_spec)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return tuple(name for name in self.feeds if name is not None)
+        return tuple(argument.name for argument in self.arguments if not argument.fixed)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -227,8 +246,8 @@ def flattened(program: Program, signature: Signature) -> Program:
     the outputs become tensors without axes. Its interface names what the ONNX file will have.
     """
     graph = copy.deepcopy(program.module.graph)
-    for node, feed in zip(graph.find_nodes(op="placeholder"), signature.feeds, strict=True):
-        if feed is None:
+    for node, argument in zip(graph.find_nodes(op="placeholder"), signature.arguments, strict=True):
+        if argument.fixed:
             graph.erase_node(node)
     output = graph.output_node()
     mode = next(node.meta["val"].fake_mode for node in graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
@@ -252,7 +271,7 @@ def flattened(program: Program, signature: Signature) -> Program:
         results.append(leaf)
     output.args = (tuple(results),)
     values = pytree.tree_leaves(program.interface.example)
-    kept = [position for position, feed in enumerate(signature.feeds) if feed is not None]
+    kept = [position for position, argument in enumerate(signature.arguments) if not argument.fixed]
     example: Call = (tuple(values[position] for position in kept), {})
     out_spec = pytree.tree_structure(signature.outputs)
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(signature.inputs), pytree.tree_structure(example), out_spec)))

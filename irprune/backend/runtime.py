@@ -50,7 +50,7 @@ class Session:
         self.signature = Signature.of(program)
         parameters = self.signature.parameters
         self._binder = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters])
-        self._positional = len(self.signature.arguments.child(0).children())
+        self._positional = len(self.signature.income.child(0).children())
         available = onnxruntime.get_available_providers()
         if provider == "cuda" and "CUDAExecutionProvider" not in available:
             raise ExportError("onnxruntime has no CUDA provider here", hint="install onnxruntime-gpu, or give provider=cpu")
@@ -118,14 +118,22 @@ class Session:
         values = list(bound.items())
         ordered = (tuple(value for _, value in values[: self._positional]), dict(values[self._positional :]))
         leaves, structure = pytree.tree_flatten(ordered)
-        if structure != self.signature.arguments:
+        if structure != self.signature.income:
             raise DataError(f"arguments do not have the example's structure; {expected}", hint="call predict as the model is called")
-        feeds = {name: leaf for name, leaf in zip(self.signature.feeds, leaves, strict=True) if name is not None}
-        for name, leaf in feeds.items():
+        feeds = {}
+        for argument, leaf in zip(self.signature.arguments, leaves, strict=True):
+            name = argument.name
+            if argument.fixed:
+                if isinstance(leaf, torch.Tensor) or leaf != argument.value:
+                    raise DataError(
+                        f"argument '{name}' is {argument.value!r} in the traced model", hint="give that, or trace with another value"
+                    )
+                continue
             if not isinstance(leaf, torch.Tensor):
                 raise DataError(f"input '{name}' is a {type(leaf).__name__}, not a tensor; {expected}", hint="give a torch tensor")
             if (given := f"tensor({_ONNX_NAME.get(leaf.dtype, leaf.dtype)})") != self._elements[name]:
                 raise DataError(f"input '{name}' is a {given}, the model takes a {self._elements[name]}", hint="convert it with .to()")
+            feeds[name] = leaf
         return feeds
 
 

@@ -138,7 +138,7 @@ def read(path: Path, binding: Binding) -> list[dict[str, torch.Tensor]]:
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz, ".jsonl": _read_jsonl}
     reader = readers.get(path.suffix)
     if reader is None:
-        text = "; plain text needs a tokenizer, so it goes with hf: targets only" if path.suffix == ".txt" else ""
+        text = "; plain text needs an hf: target with a tokenizer" if path.suffix == ".txt" else ""
         raise DataError(
             f"calibration data of kind '{path.suffix}' is not understood{text}", where=str(path), hint=f"give {_either(SUFFIXES)}"
         )

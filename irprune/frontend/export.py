@@ -15,7 +15,7 @@ import operator
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -39,7 +39,8 @@ def trace(
     kwargs: Mapping[str, Any] | None = None,
     dynamic: axes.Dynamic | None = None,
     *,
-    outputs: Sequence[str] | None = None,
+    outputs: Sequence[str] | Callable[[tuple[str, ...]], Sequence[str]] | None = None,
+    strict: bool = True,
     check: bool = True,
 ) -> Program:
     """Trace a model in evaluation mode.
@@ -52,8 +53,9 @@ def trace(
             a container its dotted path (``batch.mask``); a parameter's name stands for all tensors in
             it. Axes with equal labels have equal sizes. An input that is not named has the dynamic
             axis 0, ``batch``, if its size there is that of the first input; ``{}`` makes it static.
-        outputs: Keep only the outputs of these names (fields or keys of the model's output); one of
-            them alone is returned bare.
+        outputs: Keep only the outputs of these names (fields or keys of the model's output), or those
+            that a function chooses from the names; one of them alone is returned bare.
+        strict: An axis of ``dynamic`` that the model makes constant is an error; otherwise it is a note.
         check: Compare the program with the model on the example inputs (not on the meta device).
 
     Returns:
@@ -86,7 +88,7 @@ def trace(
     graph.eliminate_dead_code()
     _check_whole(traced)
     placeholders = _placeholders_first(graph)
-    found, notes = axes.found(placeholders, names, wanted, explicit, specialised)
+    found, notes = axes.found(placeholders, names, wanted, explicit if strict else set(), specialised)
     for node in graph.nodes:
         node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     interface = Interface((args, kwargs), found, tuple(node.name for node in placeholders), output_names, notes)
@@ -309,7 +311,9 @@ def _place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
         module.register_buffer(leaf, tensor)
 
 
-def _select_outputs(graph: fx.Graph, wanted: Sequence[str] | None) -> tuple[tuple[str, ...], list[int]]:
+def _select_outputs(
+    graph: fx.Graph, wanted: Sequence[str] | Callable[[tuple[str, ...]], Sequence[str]] | None
+) -> tuple[tuple[str, ...], list[int]]:
     """Name the flat outputs after fields and keys; keep only the wanted ones, if any are named.
 
     Returns:
@@ -327,6 +331,7 @@ def _select_outputs(graph: fx.Graph, wanted: Sequence[str] | None) -> tuple[tupl
     names = ["output0" if name == "output" else name for name in names]
     if wanted is None:
         return tuple(names), list(range(len(names)))
+    wanted = wanted(tuple(names)) if callable(wanted) else wanted
     missing = [name for name in wanted if name not in names]
     if missing:
         raise TargetError(f"the model has no output '{missing[0]}'; its outputs are {', '.join(names)}", hint="name one of them")

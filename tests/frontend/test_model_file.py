@@ -218,7 +218,7 @@ def test_calibration_from_safetensors_npz_and_jsonl(write: Write, tmp_path: Path
         (
             "data.txt",
             b"text",
-            "calibration data of kind '.txt' is not understood; plain text needs a tokenizer, so it goes with hf: targets only",
+            "calibration data of kind '.txt' is not understood; plain text needs an hf: target with a tokenizer",
         ),
         ("data.bin", b"", "calibration data of kind '.bin' is not understood"),
         ("data.safetensors", b"nonsense", "not a safetensors file: "),

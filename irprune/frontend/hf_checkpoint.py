@@ -1,0 +1,218 @@
+"""A Hugging Face checkpoint: where it lies, its configuration, its model and its tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
+
+from irprune.errors import TargetError
+from irprune.frontend import blame
+from irprune.frontend.objectives import Kind
+
+T = TypeVar("T")
+
+_TABLES: dict[Kind, tuple[str, ...]] = {
+    "seq2seq-lm": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
+    "causal-lm": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",),
+    "masked-lm": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES",),
+    "encoder": ("MODEL_MAPPING_NAMES",),
+}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars, warnings and advice."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found.
+
+    Attributes:
+        target: What the user named, for messages.
+        location: Directory or hub id.
+        config: Its configuration, caches switched off.
+        where: Keyword arguments that every transformers loader takes for it.
+        code: Its own code may run.
+    """
+
+    target: str
+    location: str
+    config: Any
+    where: dict[str, Any]
+    code: bool
+
+    @classmethod
+    def find(cls, target: str, revision: str | None = None, code: bool = False) -> Checkpoint:
+        """Read the configuration, from local files if there are any, else from the hub.
+
+        Raises:
+            TargetError: There is nothing there, or no configuration that transformers knows.
+        """
+        location = target.removeprefix("hf:")
+        where: dict[str, Any] = {"revision": revision} if revision else {}
+        if location.endswith(".gguf"):
+            location, _, where["gguf_file"] = location.rpartition("/")
+            location = location or "."
+        is_path = location.startswith((".", "/", "~")) or Path(location).exists()
+        if is_path:
+            location = str(Path(location).expanduser())
+            expected = where.get("gguf_file", "config.json")
+            if not (Path(location) / expected).is_file():
+                raise TargetError(f"the directory {location} holds no {expected}", where=target, hint="name the directory of a checkpoint")
+        for local in (True,) if is_path else (True, False):
+            where["local_files_only"] = local
+            try:
+                config = transformers.AutoConfig.from_pretrained(location, trust_remote_code=code, **where)
+            except OSError as error:
+                if local and not is_path:
+                    continue
+                raise _unreadable(target, error) from error
+            except Exception as error:
+                raise _unreadable(target, error) from error
+            break
+        for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
+            part.use_cache = False
+        return cls(target, location, config, dict(where), code)
+
+    # -- model ------------------------------------------------------------------------------------
+
+    def model_class(self) -> tuple[Any, Kind]:
+        """The model's class, and the kind of its task.
+
+        The class is the one that the configuration names; without one, that of the model type in the
+        first of transformers' tables that has it. A class in no table of language models is an
+        ``encoder`` until its outputs show that it is a classifier.
+        """
+        name = next(iter(self.config.architectures or ()), None)
+        tables = {kind: [_names(table) for table in names] for kind, names in _TABLES.items()}
+        if name is None:
+            order: tuple[Kind, ...] = ("causal-lm", "seq2seq-lm", "masked-lm", "encoder")
+            found = (table[self.config.model_type][0] for kind in order for table in tables[kind] if self.config.model_type in table)
+            name = next(found, None)
+            if name is None:
+                raise TargetError(
+                    f"the configuration names no class, and model type '{self.config.model_type}' has none",
+                    where=self.target,
+                    hint="set 'architectures' in config.json",
+                )
+        own = {str(path).rpartition(".")[2]: auto for auto, path in (getattr(self.config, "auto_map", None) or {}).items()}
+        if hasattr(transformers, name):
+            model_class = getattr(transformers, name)
+        elif self.code and name in own:
+            model_class = getattr(transformers, own[name])
+        else:
+            hint = "say trust_remote_code=true if you trust its code" if name in own else "upgrade transformers, or write a model file"
+            raise TargetError(f"transformers has no class '{name}'", where=self.target, hint=hint)
+        seq2seq = bool(self.config.is_encoder_decoder)
+        for kind, entries in tables.items():
+            if (kind == "seq2seq-lm") == seq2seq and any(name in classes for table in entries for classes in table.values()):
+                return model_class, kind
+        return model_class, "causal-lm" if own.get(name) == "AutoModelForCausalLM" else "encoder"
+
+    def build(self, *, dtype: str, attention: str, meta: bool, seed: int) -> tuple[Any, Kind, list[str]]:
+        """The model with its weights, or on the meta device without them.
+
+        Returns:
+            The model in evaluation mode, the kind of its task, and notes for the user.
+
+        Raises:
+            TargetError: The weights cannot be read or do not fit.
+        """
+        model_class, kind = self.model_class()
+        options = {"dtype": dtype, "attn_implementation": attention}
+        notes: list[str] = []
+
+        def made(options: dict[str, Any]) -> Any:
+            if meta:
+                if dtype == "auto":
+                    options = {**options, "dtype": self.config.dtype or "float32"}
+                make = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
+                with torch.device("meta"):
+                    return make(self.config, **options)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                options = {**options, **self.where, **({"trust_remote_code": True} if self.code else {})}
+                model, report = model_class.from_pretrained(self.location, config=self.config, output_loading_info=True, **options)
+            missing = sorted(report["missing_keys"])
+            if missing:
+                notes.append(f"the checkpoint lacks {_listed(missing)}: newly initialised from the seed")
+            return model
+
+        try:
+            try:
+                model = made(options)
+            except ValueError:
+                if attention != "sdpa":
+                    raise
+                notes.clear()
+                model = made({**options, "attn_implementation": "eager"})
+        except Exception as error:
+            raise _unreadable(self.target, error) from error
+        # The one way of running experts that traces without data-dependent sizes and has an ONNX form.
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("batched_mm")
+        return model.eval(), kind, notes
+
+    # -- what lies beside it ----------------------------------------------------------------------
+
+    def tokenizer(self) -> Any | None:
+        """The tokenizer, if the checkpoint has one."""
+        return self._optional(lambda: transformers.AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.code, **self.where))
+
+    def preprocessor(self) -> dict[str, Any]:
+        """The preprocessor's settings; empty if the checkpoint has none."""
+        where = {key: value for key, value in self.where.items() if key != "gguf_file"}
+        path = self._optional(lambda: cached_file(self.location, "preprocessor_config.json", **where))
+        settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        return settings if isinstance(settings, dict) else {}
+
+    @staticmethod
+    def _optional(read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except (OSError, ValueError, KeyError, ImportError):
+            return None
+
+
+def _names(table: str) -> dict[str, tuple[str, ...]]:
+    """Model type to class names, from one of transformers' tables."""
+    entries = getattr(modeling_auto, table)
+    return {key: value if isinstance(value, tuple) else (value,) for key, value in entries.items()}
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _unreadable(target: str, error: Exception) -> TargetError:
+    text = str(error)
+    if "trust_remote_code" in text:
+        hint = "say trust_remote_code=true if you trust the checkpoint's own code"
+    elif isinstance(error, ImportError):
+        hint = "install what it names; GGUF files need irprune[gguf]"
+    else:
+        hint = "check the path or hub id; a checkpoint is a directory with config.json and weights"
+    return TargetError(f"transformers cannot load it: {blame.first_line(error)}", where=target, hint=hint)

@@ -1,0 +1,193 @@
+"""Hugging Face models: task, inputs, calibration, loss and metric are derived from the checkpoint.
+
+Nothing here knows a model family. The class comes from ``config.architectures``, its task from
+transformers' own auto-class tables, its inputs from ``main_input_name`` and the signature of
+``forward``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from irprune.errors import OptionError, TargetError, TraceError
+from irprune.frontend import text
+from irprune.frontend.batches import Binding, counted, read
+from irprune.frontend.export import trace
+from irprune.frontend.hf_checkpoint import Checkpoint, quiet
+from irprune.frontend.hf_inputs import Reader
+from irprune.frontend.objectives import Batch, Objective
+from irprune.ir.facts import Fact, Task
+from irprune.ir.program import Program
+
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
+_OUTPUTS = ("logits", "logits_per_image", "last_hidden_state", "pooler_output")
+
+
+def load(
+    target: str,
+    *,
+    calibration: str | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    sequence: int = 64,
+    batch: int = 2,
+    windows: int = 16,
+    outputs: str | None = None,
+    meta: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Program, tuple[Fact, ...]]:
+    """Trace a Hugging Face model.
+
+    Calibration text is the one given, else a short one shipped with irprune; its last fifth is held
+    out for the metric. Models that read no text are calibrated with normal noise unless data is
+    given. Losses and metrics: :mod:`irprune.frontend.objectives`. Batches are dicts by input name.
+
+    Args:
+        target: ``hf:`` and a directory with ``config.json``, a ``.gguf`` file in a directory or
+            repository, or a hub id. Local files are preferred to the hub.
+        calibration: ``.txt``; ``.jsonl`` with a ``text`` in each line; or samples by input name
+            (``.safetensors``, ``.npz``, ``.jsonl``).
+        seed: Seed of inputs that are no text, and of weights that the checkpoint lacks.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
+        attention: ``sdpa`` (``eager`` where the class refuses it) or ``eager``.
+        sequence: Tokens in each window of text.
+        batch: Samples in a batch, at least 2.
+        windows: Calibration windows at most; the metric takes up to four times as many.
+        outputs: Names of the outputs to keep, comma-separated; the default is the first of ``logits``,
+            ``logits_per_image``, ``last_hidden_state`` and ``pooler_output`` that the model has.
+        meta: Build the model on the meta device from its configuration alone: no weights, no data.
+        revision: Branch, tag or commit of a hub repository.
+        trust_remote_code: Run the modelling code that comes with the checkpoint.
+
+    Returns:
+        The untyped program, with weights under the model's own names, and the :class:`Task`.
+
+    Raises:
+        OptionError: An option is out of its range.
+        TargetError: There is no such checkpoint, it cannot be read, or its inputs cannot be derived.
+        TraceError: The model cannot be traced.
+        DataError: Weights or calibration data cannot be used.
+    """
+    _check(dtype in _DTYPES, "dtype", dtype, f"one of {', '.join(_DTYPES)}")
+    _check(attention in ("sdpa", "eager"), "attention", attention, "sdpa or eager")
+    _check(sequence >= 4, "sequence", sequence, "4 or more")
+    _check(batch >= 2, "batch", batch, "2 or more: a trace takes a batch of 1 for a constant")
+    _check(windows >= 1, "windows", windows, "1 or more")
+    with quiet():
+        checkpoint = Checkpoint.find(target, revision, trust_remote_code)
+        model, kind, notes = checkpoint.build(dtype=dtype, attention=attention, meta=meta, seed=seed)
+        tokenizer = None if meta else checkpoint.tokenizer()
+        reader = Reader(model, kind, _length(checkpoint.config, sequence), checkpoint.preprocessor())
+    rows, file = None, calibration
+    if reader.reads_text and tokenizer is not None:
+        given = text.read(Path(calibration)) if calibration is not None else text.shipped()
+        if given is not None:
+            rows, file = text.windows(tokenizer, given, reader.length, framed=reader.framed), None
+    with quiet():
+        program = _traced(reader, batch, seed, rows, outputs)
+    if kind == "encoder" and program.interface.outputs[0].startswith("logits"):
+        kind = "classifier"
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if kind == "masked-lm" and mask is None:
+        kind = "classifier"
+    program = _noted(program, [*notes, *_unused(model, program)])
+    binding = Binding([], program.interface)
+    task = Task(target=target, inputs=binding, seed=seed)
+    if meta or (file is None and rows is None and reader.reads_text):
+        return program, (task,)
+    objective = Objective(kind, program, mask, tuple(getattr(tokenizer, "all_special_ids", ())))
+    if file is not None:
+        batches = list(counted(read(Path(file), binding), file))
+        cut = len(batches) - (len(batches) // 5 or min(1, len(batches) - 1))
+        calibrate, held_out = batches[:cut], batches[cut:] or batches
+    else:
+        calibrate, held_out = _derived(reader, program, rows, batch=batch, windows=windows, seed=seed)
+    names = tuple(program.interface.example[1])
+
+    def prepared(raw: Iterable[Batch]) -> Callable[[], Iterator[Batch]]:
+        return lambda: map(objective.prepared, raw)
+
+    def evaluate(predict: Callable[..., Any]) -> dict[str, float]:
+        return objective.evaluate(predict, prepared(held_out)(), names)
+
+    task = dataclasses.replace(task, calibration=prepared(calibrate), loss=objective.loss, evaluate=evaluate)
+    return program, (task,)
+
+
+def _check(fine: bool, name: str, value: Any, wanted: str) -> None:
+    if not fine:
+        raise OptionError(f"{name} is {value!r}", hint=f"give {wanted}")
+
+
+def _length(config: Any, sequence: int) -> int:
+    """Tokens in a row: as asked, within the positions that the model has."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # Some models keep the first two positions of their table for themselves.
+    return min(sequence, positions - 2) if isinstance(positions, int) and positions > 2 else sequence
+
+
+def _traced(reader: Reader, batch: int, seed: int, rows: torch.Tensor | None, outputs: str | None) -> Program:
+    """Trace with the fewest inputs and the most dynamic axes that work."""
+    choices = list(reader.choices())
+    for number, names in enumerate(choices):
+        generator = torch.Generator().manual_seed(seed)
+        example = reader.batch(names, batch, generator, None if rows is None else rows[:batch])
+        full = reader.dynamic(names)
+        fewer: list[dict[str, dict[int, str]]] = [full, {name: {0: label[0]} for name, label in full.items()}, {name: {} for name in names}]
+        for dynamic in fewer:
+            try:
+                return trace(reader.model, (), example, dynamic, outputs=lambda given: _kept(given, outputs), strict=False)
+            except TargetError:
+                if number == len(choices) - 1:
+                    raise
+                break
+            except TraceError:
+                if dynamic is fewer[-1]:
+                    raise
+    raise AssertionError("there is always a choice of inputs")
+
+
+def _kept(given: tuple[str, ...], outputs: str | None) -> tuple[str, ...]:
+    if outputs is not None:
+        return tuple(name.strip() for name in outputs.split(","))
+    return (next((name for name in _OUTPUTS if name in given), given[0]),)
+
+
+def _derived(
+    reader: Reader, program: Program, rows: torch.Tensor | None, *, batch: int, windows: int, seed: int
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches to calibrate with and batches to measure with, from rows of text or from noise."""
+    names = tuple(program.interface.example[1])
+    generator = torch.Generator().manual_seed(seed + 1)
+    if rows is None:
+        count = -(-windows // batch)
+        noise = [reader.batch(names, batch, generator) for _ in range(2 * count)]
+        return noise[:count], noise[count:]
+    whole_only = 0 not in program.interface.dynamic[0]
+
+    def cut(part: torch.Tensor) -> list[Batch]:
+        pieces = [piece for piece in part.split(batch) if len(piece) == batch or not whole_only]
+        return [reader.batch(names, len(piece), generator, piece) for piece in pieces]
+
+    calibrate, held_out = text.parted(rows)
+    return cut(calibrate[:windows]), cut(held_out[: 4 * windows])
+
+
+def _unused(model: torch.nn.Module, program: Program) -> list[str]:
+    names = [name for name, _ in model.named_parameters() if name not in program.tensors]
+    if not names:
+        return []
+    outputs = ", ".join(program.interface.outputs)
+    return [f"{len(names)} parameters, {names[0]} first, take no part in {outputs} and are left out"]
+
+
+def _noted(program: Program, notes: list[str]) -> Program:
+    interface = dataclasses.replace(program.interface, notes=(*program.interface.notes, *notes))
+    return dataclasses.replace(program, interface=interface)

@@ -133,13 +133,16 @@ def _missing(one: Pass, have: set[type[Fact]], before: Sequence[Pass], callers: 
 
 
 def _filler(one: Pass, kind: type[Fact], before: Sequence[Pass]) -> Pass:
-    """The pass that gives a fact: the last one in the pipeline so far, else the only one that exists."""
-    earlier = next((step for step in reversed(before) if kind in step.gives), None)
-    if earlier is not None and not earlier.changes:
+    """The pass that gives an analysis: the last one in the pipeline so far, else the only one that exists.
+
+    A lasting fact is no analysis: what gives it writes a file or measures, which is for the user to ask.
+    """
+    earlier = next((step for step in reversed(before) if kind in step.gives and not step.changes), None)
+    if earlier is not None:
         return earlier
     givers = [cls for cls in registry.loadable().values() if kind in cls.gives]
     fillers = [cls for cls in givers if not cls.changes and not any(info.is_required() for info in cls.model_fields.values())]
-    if len(fillers) == 1:
+    if len(fillers) == 1 and not kind.lasting:
         return fillers[0]()
     names = " or ".join(f"'{cls.name}'" for cls in givers)
     raise PipelineError(

@@ -107,8 +107,11 @@ def _decision(program: Program, group: Group, tensor: str, depth: int, also: str
     yield Line(depth, f"{group.name}: stays whole ({group.frozen.code}): {group.frozen.message}{also}")
     if group.frozen.node is None or group.frozen.node not in program.by_name:
         return
-    yield Line(depth + 1, f"decided by {_operation(program, group.frozen.node)}")
     way = path(program, group.var, tensor, group.frozen.node)
+    decider = _operation(program, group.frozen.node)
+    if program.by_name[group.frozen.node].op == "output" and len(way) > 2:
+        decider = f"the output, which is {_operation(program, way[-2])}"
+    yield Line(depth + 1, f"decided by {decider}")
     if len(way) > 2:
         yield Line(depth + 1, "by way of " + " - ".join(_short(program, step) for step in way[1:-1]))
 

@@ -82,7 +82,6 @@ def _markdown(of: type[Pass]) -> Iterator[str]:
     yield f"# {of.name}"
     yield ""
     yield from _prose(doc(of))
-    yield ""
     for label, told in contract(of).items():
         yield f"- {label}: {told}"
     rows = option_list(of)

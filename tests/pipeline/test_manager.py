@@ -109,6 +109,33 @@ def test_a_pass_with_a_required_option_is_not_filled_in(monkeypatch: pytest.Monk
         completed([Weigh()])
 
 
+class Report(Fact):
+    lasting: ClassVar[bool] = True
+
+
+class Reporting(Pass):
+    name: ClassVar = "reporting"
+    gives: ClassVar = (Report,)
+
+    def run(self, program: Program, facts: Facts) -> Result:
+        return Result(program, (Report(),))
+
+
+class Reader(Pass):
+    name: ClassVar = "reader"
+    needs: ClassVar = (Report,)
+
+    def run(self, program: Program, facts: Facts) -> Result:
+        return Result(program)
+
+
+def test_what_is_no_analysis_is_not_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, Reporting, Reader)
+    with pytest.raises(PipelineError, match="put 'reporting' before it"):
+        completed([Reader()])
+    assert unparse(completed([Reporting(), Reader()])) == "reporting,reader"
+
+
 def test_nothing_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, Weigh, Cut)
     with pytest.raises(PipelineError, match="no registered pass gives Colours; install or register one that does"):
@@ -247,16 +274,6 @@ def test_progress_is_shown_on_a_terminal_only(program: Program, terminal: bool) 
 
 
 def test_lasting_facts_of_a_pass_survive_a_change(program: Program) -> None:
-    class Report(Fact):
-        lasting: ClassVar[bool] = True
-
-    class Reporting(Pass):
-        name: ClassVar = "reporting"
-        gives: ClassVar = (Report,)
-
-        def run(self, program: Program, facts: Facts) -> Result:
-            return Result(program, (Report(),))
-
     _, facts = run([Reporting(), Cut()], program)
     assert Report in facts
     assert Weights not in facts

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from irprune.errors import RecipeError
 from irprune.ir.dims import Mask, Var
@@ -140,7 +140,7 @@ def save_recipe(path: str | Path, recipe: Recipe) -> None:
     )
     packed = {key: np.packbits(mask) for key, mask in recipe.keep.items()}
     with atomic(path) as part:
-        save_file(packed, part, metadata={METADATA: header.model_dump_json()})
+        part.write_bytes(save(packed, metadata={METADATA: header.model_dump_json()}))
 
 
 def load_recipe(path: str | Path) -> Recipe:

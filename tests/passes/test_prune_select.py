@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from irprune_passes.prune.select import Filter, select, units
 from prune_toys import Toy, convolutions, mlp, toy, transformer
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 
 from irprune.errors import NothingPrunableError, OptionError
 from irprune.ir.facts import Groups
@@ -143,6 +143,29 @@ class Fused(nn.Module):
 
 def test_blocks_of_a_concatenation_are_rounded_each() -> None:
     assert unit(toy(Fused, 2, 5), 8, "ffn") == {"ffn0": 8}
+
+
+class Rotated(nn.Module):
+    """Four heads of eight, each turned by halves: the axis is ``4 * (half|half)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(5, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.into(x).unflatten(-1, (4, 8))
+        left, right = heads.chunk(2, -1)
+        return self.out((heads * 0.5 + cat([-right, left], -1)).flatten(-2))
+
+
+def test_a_concatenation_within_an_index_counts_with_its_whole_size() -> None:
+    on = toy(Rotated, 2, 5)
+    heads, half = on.groups.prunable
+    assert (heads.size, half.size) == (4, 4)
+    assert units(on.program, [heads], 8) == {heads.name: 1}
+    assert units(on.program, [heads], 16) == {heads.name: 2}
+    assert units(on.program, [half], 8) == {half.name: 2}
+    assert units(on.program, [heads, half], 8) == {heads.name: 8, half.name: 2}
 
 
 def test_numbers_of_experts_stay_unrounded() -> None:

@@ -233,9 +233,10 @@ class _Planner:
 
     def _nothing(self) -> BudgetError:
         """What was asked is less than half an index, or half a rounding unit, of every group."""
-        largest = max(self.selection.chosen, key=lambda group: group.size)
+        chosen = self.selection.chosen
+        largest = max(chosen, key=lambda group: group.size)
         text = (
-            f"{self.options.ratio:.4g} of the indices is nothing in each of the {len(self.selection.chosen)} groups: the largest, {largest.name}, "
+            f"{self.options.ratio:.4g} of the indices is nothing in each of the {len(chosen)} groups: the largest, {largest.name}, "
             f"has {largest.size} indices, rounded to multiples of {self.units[largest.name]}"
         )
         return BudgetError(text, where="pass prune", hint="ask for more, lower `round_to`, or use allocation=global")

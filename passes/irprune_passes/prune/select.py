@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from irprune.analysis.plan import layer_of, layers_of, modules_of
 from irprune.errors import NothingPrunableError, OptionError
-from irprune.ir.dims import Concat, Term, Var, resolve
+from irprune.ir.dims import Atom, Concat, Term, Var, atom_size, resolve, variables
 from irprune.ir.facts import Group, Groups
 from irprune.ir.program import Program
 
@@ -130,8 +130,8 @@ def units(program: Program, chosen: Sequence[Group], round_to: int) -> dict[str,
 
     Axis sizes of parameters and buffers are meant: 3 heads of 64 need no rounding to 8, since the axis
     is 192 long. Where two chosen variables share an axis, the larger one is rounded first and counts as
-    a factor for the other. Blocks of a concatenation are rounded each for itself. Numbers of experts are
-    no sizes of a matrix product and stay unrounded.
+    a factor for the other. Blocks of a concatenation (gate and up in one weight) are rounded each for
+    itself. Numbers of experts are no sizes of a matrix product and stay unrounded.
     """
     steady: dict[Var, int] = {group.var: 1 for group in chosen}
     found = {}
@@ -147,12 +147,21 @@ def units(program: Program, chosen: Sequence[Group], round_to: int) -> dict[str,
 def _factors(term: Term, var: Var, steady: Mapping[Var, int]) -> list[int]:
     """What one index of ``var`` is multiplied by along an axis, one number per occurrence."""
     atoms = resolve(term)
-    sizes = [1 if isinstance(atom, Concat) else steady.get(atom, int(atom.size)) for atom in atoms]
     out = []
     for i, atom in enumerate(atoms):
-        rest = math.prod(sizes[:i] + sizes[i + 1 :])
+        major = math.prod(_steady(other, steady) for other in atoms[:i] if isinstance(other, Var))
+        rest = major * math.prod(_steady(other, steady) for other in atoms[i + 1 :])
         if isinstance(atom, Concat):
             out += [rest * inner for block in atom.blocks for inner in _factors(block, var, steady)]
         elif atom is var:
             out.append(rest)
     return out
+
+
+def _steady(atom: Atom, steady: Mapping[Var, int]) -> int:
+    """A number that divides the atom's size whatever is removed."""
+    if isinstance(atom, Var):
+        return steady.get(atom, int(atom.size))
+    if steady.keys().isdisjoint(variables((atom,))):
+        return int(atom_size(atom))
+    return math.gcd(*(math.prod(_steady(inner, steady) for inner in resolve(block)) for block in atom.blocks))

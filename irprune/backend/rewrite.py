@@ -64,6 +64,11 @@ class Resize:
 
     # -- reading
 
+    @property
+    def target(self) -> Any:
+        """The operation of the original call."""
+        return self._old.target
+
     def get(self, name: str) -> Any:
         """The argument as it stands in the new call."""
         return self._now[name]

@@ -47,13 +47,22 @@ def regroup(op: Op, axes: Axes, shape: Sequence[Size]) -> Axes:
 
 
 @rule(*RESHAPES)
-def reshape(op: Op, self: Value, dtype: torch.dtype | None = None) -> Axes:
+def reshape(op: Op, self: Value, other: Value | None = None, dtype: torch.dtype | None = None) -> Axes:
+    if other is not None:
+        return _as(op, regroup(op, self.axes, op.shape), other)
     if dtype is None:
         return regroup(op, self.axes, op.shape)
     if op.shape == self.shape:
         return self.axes
     op.freeze(self.axes[-1], "position", "its bytes are read as another type")
     return (*self.axes[:-1], op.solid(op.shape[-1], "position", "its bytes were read as another type"))
+
+
+def _as(op: Op, axes: Axes, other: Value) -> Axes:
+    """The result takes its sizes from another value: they are the same axes."""
+    for term, like in zip(axes, other.axes, strict=True):
+        op.unify(term, like)
+    return axes
 
 
 @resize("view", "reshape", "_unsafe_view", "view_copy", "_reshape_copy")
@@ -125,11 +134,20 @@ def squeeze(op: Op, self: Value, dim: int | list[int] | None = None) -> Axes:
     return tuple(term for i, term in enumerate(self.axes) if not (i in chosen and self.shape[i] == 1))
 
 
+@resize("squeeze", "squeeze_copy")
+def resize_squeeze(rw: Resize, dim: int | list[int] | None = None, **_: Any) -> None:
+    """Name the axes that go: another one may have one index left."""
+    rank = rw.operand_rank("self")
+    chosen = range(rank) if dim is None else [d % rank for d in (dim if isinstance(dim, list) else [dim])]
+    single = [d for d in chosen if rw.old_size("self", d) == 1]
+    rw.retarget(torch.ops.aten.squeeze.dims, ("self", "dim"), {"self": rw.get("self"), "dim": single})
+
+
 # -- broadcasting and repeating ------------------------------------------------------------------
 
 
 @rule("expand", "expand_as", "broadcast_to", "expand_copy")
-def expand(op: Op, self: Value) -> Axes:
+def expand(op: Op, self: Value, other: Value | None = None) -> Axes:
     """A fresh variable per broadcast axis: this is what makes grouped-query attention work."""
     shape = op.shape
     new = len(shape) - self.ndim
@@ -142,7 +160,7 @@ def expand(op: Op, self: Value) -> Axes:
         if grown:
             op.note(f"broadcast{i}", term)
         out.append(term)
-    return tuple(out)
+    return tuple(out) if other is None else _as(op, tuple(out), other)
 
 
 @resize("expand", "broadcast_to", "expand_copy")
@@ -292,7 +310,7 @@ def unbind(op: Op, self: Value, dim: int = 0) -> list[Axes]:
     return [(*self.axes[:at], *self.axes[at + 1 :])] * len(op.results)
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "split_copy", "unsafe_split_with_sizes", "hsplit")
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "split_copy", "unsafe_split_with_sizes")
 def split(op: Op, self: Value, dim: int = 0) -> list[Axes]:
     """Consecutive blocks, of the sizes that the trace gave."""
     lengths = [as_size(result.shape[dim]) for result in op.results]
@@ -320,6 +338,22 @@ def resize_split(rw: Resize, dim: int = 0, **_: Any) -> None:
     rw.retarget(torch.ops.aten.split_with_sizes.default, ("self", "split_sizes", "dim"), arguments)
 
 
+@rule("hsplit", "vsplit", "dsplit")
+def split_along(op: Op, self: Value) -> list[Axes]:
+    """:func:`split` along the axis that the operation's name stands for."""
+    return split(op, self, _along(op.node.target, self.ndim))
+
+
+def _along(target: Any, ndim: int) -> int:
+    """``h`` is axis 1 (0 of a vector), ``v`` axis 0, ``d`` axis 2."""
+    return {"h": min(1, ndim - 1), "v": 0, "d": 2}[target.__name__[0]]
+
+
+@resize("hsplit", "vsplit", "dsplit")
+def resize_split_along(rw: Resize, **_: Any) -> None:
+    resize_split(rw, _along(rw.target, rw.operand_rank("self")))
+
+
 # -- joining -------------------------------------------------------------------------------------
 
 
@@ -339,6 +373,18 @@ def cat(op: Op, tensors: list[Value], dim: int = 0, axis: int | None = None) -> 
             op.freeze(part, "symbolic", "it is concatenated with an axis of dynamic size")
         term = op.solid(op.shape[at], "symbolic", "it is concatenated with an axis of dynamic size")
     return (*out[:at], term, *out[at + 1 :])
+
+
+@rule("hstack", "vstack", "dstack")
+def cat_along(op: Op, tensors: list[Value]) -> Axes:
+    """:func:`cat` along the axis that the operation's name stands for; operands that gain an axis for it are frozen."""
+    rank = len(op.shape)
+    if all(t.ndim == rank for t in tensors):
+        return cat(op, tensors, _along(op.node.target, rank))
+    for t in tensors:
+        for term in t.axes:
+            op.freeze(term, "position", "it is stacked along a new axis")
+    return tuple(op.solid(size, "position", "it is stacked along a new axis") for size in op.shape)
 
 
 @rule("stack")

@@ -39,7 +39,9 @@ def listing(folder: Path) -> list[str]:
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """One whole run, which several tests look at."""
     out = tmp_path_factory.mktemp("run") / "out"
-    return out, call("run", MODEL, "--passes", PIPELINE, "--out", out, "--timing", "--print-ir-after", "prune")
+    return out, call(
+        "run", MODEL, "--passes", PIPELINE, "--out", out, "--timing", "--print-ir-after", "discover", "--print-ir-after", "prune"
+    )
 
 
 def test_a_run_writes_its_directory(done: tuple[Path, Result]) -> None:
@@ -89,8 +91,10 @@ def test_a_run_ends_with_what_it_measured(done: tuple[Path, Result]) -> None:
 
 def test_timing_and_the_program_go_to_stderr(done: tuple[Path, Result]) -> None:
     _, result = done
-    assert "// after prune{ratio=0.4 round_to=4}" in result.stderr
-    assert "@hidden.weight" in result.stderr
+    before, after = result.stderr.split("// after prune{ratio=0.4 round_to=4}\n")
+    assert before.startswith("// after discover\n")
+    assert "%linear = linear(%mean, @hidden.weight, @hidden.bias) : f32[batch, ffn0:24]" in before
+    assert "%linear = linear(%mean, @hidden.weight, @hidden.bias) : f32[batch, d" in after
     assert "score{criterion=taylor}" in result.stderr
     assert "share" in result.stderr
     assert "@hidden.weight" not in result.stdout

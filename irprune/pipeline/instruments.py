@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from irprune.ir.facts import Groups
 from irprune.ir.program import Program, attribute
 from irprune.pipeline.manager import Instrument, Step
 from irprune.pipeline.passes import Pass
@@ -32,7 +33,7 @@ class Progress(Instrument):
         self._bars = Bars(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
@@ -110,8 +111,10 @@ class PrintIR(Instrument):
         if step.of.name in self._after and step.result is not None:
             from irprune.ir.text import dump
 
+            facts = step.facts.updated(step.result.facts)
+            groups = facts.get(Groups) if step.result.program is step.program else None
             self._console.print(f"// after {step.of}", markup=False, highlight=False, soft_wrap=True)
-            self._console.print(dump(step.result.program), markup=False, highlight=False, soft_wrap=True)
+            self._console.print(dump(step.result.program, groups), markup=False, highlight=False, soft_wrap=True)
 
 
 class Untouched(Instrument):

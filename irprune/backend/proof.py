@@ -1,7 +1,6 @@
 """Translation validation: every removal proves itself.
 
-1. *Shapes*: fake tensors through the new graph give exactly the predicted sizes, with dynamic axes
-   as symbols.
+1. *Shapes*: tensors without data through the new graph have exactly the predicted sizes and dtypes.
 2. *Numbers*: the new program equals the original one run at full size with the removed slices
    zeroed, sums restricted to the kept indices, and every mixing operation (norm, mean, softmax,
    extreme) renormalised over the kept indices.
@@ -17,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from irprune.analysis.cost import hints
 from irprune.backend.rewrite import Shrink, shape_of
 from irprune.errors import ProofError
-from irprune.ir.dims import Mask, Var
+from irprune.ir.dims import Mask, Size, Var, as_size
 from irprune.ir.program import Event, Program, location
 from irprune.rules.registry import bind, op_name, registry
 
@@ -107,7 +109,9 @@ class Masked(fx.Interpreter):
                     operand = next(node for node in n.all_input_nodes if node.name == event.operand)
                     value = self.env[operand]
                     term = self._shrink.types.of(event.operand)[event.axis]
-                    self.env[operand] = torch.where(self._along(value, event.axis, term), value, torch.zeros((), dtype=value.dtype, device=value.device))
+                    self.env[operand] = torch.where(
+                        self._along(value, event.axis, term), value, torch.zeros((), dtype=value.dtype, device=value.device)
+                    )
             if all(event.how == "contract" for event in events):
                 return super().run_node(n)
             rule = registry().find(n.target)
@@ -174,37 +178,104 @@ def prove(before: Program, after: Program, keep: Mapping[Var, Mask], *, seed: in
         ProofError: Naming the operation, the variable and both values.
     """
     shrink = Shrink(before.typing, keep)
-    prove_shapes(before, after, shrink)
-    prove_interface(before, after)
+    values = fake_values(after)
+    prove_shapes(before, after, shrink, values)
+    prove_interface(before, after, values)
     if any(tensor.is_meta for tensor in before.tensors.values()):
-        return {"shapes": True, "interface": True, "numbers": {"max_abs_err": None, "tolerance": None, "skipped": "no weights (meta device)"}}
+        return {
+            "shapes": True,
+            "interface": True,
+            "numbers": {"max_abs_err": None, "tolerance": None, "skipped": "no weights (meta device)"},
+        }
     return {"shapes": True, "interface": True, "numbers": prove_numbers(before, after, keep, seed=seed)}
 
 
-def prove_shapes(before: Program, after: Program, shrink: Shrink) -> None:
-    """Every value of the new graph has the size that the plan predicts for its axes."""
-    types = before.typing
+def prove_shapes(before: Program, after: Program, shrink: Shrink, values: Mapping[str, Any]) -> None:
+    """Every value of the new graph has the size that the plan predicts for its axes, and its dtype.
+
+    Args:
+        before: The typed original.
+        after: The new program.
+        shrink: The plan.
+        values: The new program's values, from :func:`fake_values`.
+    """
+    types, known = before.typing, hints(before)
     for node in after.nodes:
         old = before.by_name.get(node.name)
         axes = types.axes.get(node.name)
-        value = node.meta.get("val")
-        if old is None or axes is None:
+        if old is None or axes is None or (old.op == "call_function" and node.name in types.constants):
             continue
-        pairs = zip(axes, value, strict=True) if isinstance(axes, list) else [(axes, value)]
-        for term_axes, tensor in pairs:
+        value, was = values[node.name], old.meta["val"]
+        triples = zip(axes, value, was, strict=True) if isinstance(axes, list) else [(axes, value, was)]
+        for term_axes, tensor, typed_as in triples:
             if term_axes is None or not isinstance(tensor, torch.Tensor):
                 continue
-            predicted, found = tuple(shrink.size(term) for term in term_axes), shape_of(tensor)
-            if predicted != found and not (old.op == "call_function" and node.name in types.constants):
+            predicted = [_concrete(shrink.size(term), known) for term in term_axes]
+            found = [_concrete(size, known) for size in shape_of(tensor)]
+            if predicted != found or tensor.dtype != typed_as.dtype:
                 raise ProofError(
-                    f"the plan predicts the shape {list(predicted)} for %{node.name} = {op_name(node.target)}, the program gives {list(found)}",
+                    f"the plan predicts {typed_as.dtype} {predicted} for %{node.name} = {op_name(node.target)}, "
+                    f"the program gives {tensor.dtype} {found}",
                     where=location(node) or f"%{node.name}",
                     hint="an op rule or a rewrite is wrong; report this with the model",
                 )
 
 
-def prove_interface(before: Program, after: Program) -> None:
+def _concrete(size: Size, known: Mapping[Any, int]) -> Size:
+    """A size with the example inputs' sizes for dynamic axes."""
+    return size if isinstance(size, int) else as_size(size.subs(known))
+
+
+def fake_values(program: Program) -> dict[str, Any]:
+    """Every value of a program by name, from running it on tensors without data.
+
+    Dynamic axes have the sizes of the example inputs: shapes are then found quickly, and a size that
+    the trace left open is an expression in those. Where shapes depend on contents, they stay symbols.
+
+    Raises:
+        ProofError: An operation does not accept its operands.
+    """
+    args, kwargs = program.interface.example
+    with FakeTensorMode() as mode:
+        flat = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in flat_inputs(program, args, kwargs)]
+        try:
+            return _run_fake(program, flat)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            pass
+    placeholders = [node.meta.get("val") for node in program.nodes if node.op == "placeholder"]
+    symbolic = next(v.fake_mode for v in placeholders if isinstance(v, FakeTensor))
+    with symbolic, symbolic.shape_env.suppress_guards(), enable_python_dispatcher():
+        return _run_fake(program, placeholders)
+
+
+def _run_fake(program: Program, flat: list[Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    inputs = iter(flat)
+    with torch.no_grad():
+        for node in program.nodes:
+            if node.op == "placeholder":
+                values[node.name] = next(inputs)
+            elif node.op == "get_attr":
+                tensor = program.tensors[str(node.target)]
+                values[node.name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+            elif node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n.name])
+                try:
+                    values[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
+                except (DataDependentOutputException, DynamicOutputShapeException):
+                    raise
+                except Exception as error:
+                    raise ProofError(
+                        f"operation {op_name(node.target)} does not accept its shrunk operands: {str(error).splitlines()[0]}",
+                        where=f"%{node.name} ({location(node) or 'generated'})",
+                        hint="report this with the model; freeze the axis with discover{freeze=[...]} meanwhile",
+                    ) from error
+    return values
+
+
+def prove_interface(before: Program, after: Program, values: Mapping[str, Any]) -> None:
     """Inputs and outputs are the same in number, order, name, size and dtype."""
+    known = hints(before)
     for kind in ("placeholder", "output"):
         old, new = ([n for n in p.nodes if n.op == kind] for p in (before, after))
         if kind == "output":
@@ -214,9 +285,12 @@ def prove_interface(before: Program, after: Program) -> None:
         if len(old) != len(new):
             raise ProofError(f"the number of {kind}s changed from {len(old)} to {len(new)}")
         for a, b in zip(old, new, strict=True):
-            u, v = a.meta.get("val"), b.meta.get("val")
-            if isinstance(u, torch.Tensor) and isinstance(v, torch.Tensor) and (shape_of(u) != shape_of(v) or u.dtype != v.dtype):
-                raise ProofError(f"{kind} %{a.name} changed from {u.dtype} {list(shape_of(u))} to {v.dtype} {list(shape_of(v))}")
+            u, v = a.meta.get("val"), values[b.name]
+            if not isinstance(u, torch.Tensor) or not isinstance(v, torch.Tensor):
+                continue
+            was, now = ([_concrete(size, known) for size in shape_of(t)] for t in (u, v))
+            if was != now or u.dtype != v.dtype:
+                raise ProofError(f"{kind} %{a.name} changed from {u.dtype} {was} to {v.dtype} {now}")
 
 
 def _flat_tensors(value: Any) -> list[torch.Tensor]:
@@ -294,5 +368,7 @@ def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list
         if gap.relative > tolerance_of(before, value.dtype):
             gone = ", ".join(sorted({str(var) for term in axes for var in shrink.counts if shrink.touched(term)}))
             place = location(node) or "generated"
-            return f"they part at %{node.name} = {op_name(node.target)} ({place}), off by {gap.max_abs:.3g}, along {gone or 'no pruned axis'}"
+            return (
+                f"they part at %{node.name} = {op_name(node.target)} ({place}), off by {gap.max_abs:.3g}, along {gone or 'no pruned axis'}"
+            )
     return "no single operation stands out"

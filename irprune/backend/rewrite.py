@@ -12,11 +12,11 @@ import numpy as np
 import sympy
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
-from irprune.errors import ProofError
 from irprune.ir.dims import Mask, Size, Term, Var, as_size, kept_size, mask_of, resolve, term_size, variables
-from irprune.ir.program import Axes, Program, Types, location, set_tensor
+from irprune.ir.program import Axes, Program, Types, set_tensor
 from irprune.rules.infer import UNIFORM, typed
 from irprune.rules.registry import bind, op_name, registry
 
@@ -42,6 +42,11 @@ class Shrink:
 
     def size(self, term: Term) -> Size:
         return kept_size(term, self.counts)
+
+    def share(self, term: Term) -> tuple[int, int]:
+        """What is kept of an axis as a fraction: ``(kept, whole)`` in lowest terms, without its dynamic factors."""
+        share = sympy.cancel(sympy.sympify(self.size(term)) / term_size(resolve(term)))
+        return int(share.p), int(share.q)
 
     def slice(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
         """The kept part of a tensor; the tensor itself where nothing is removed."""
@@ -123,10 +128,10 @@ class Resize:
         size = self._shrink.size(term)
         if isinstance(size, int) or not isinstance(literal, fx.Node):
             return size
-        share = sympy.cancel(size / term_size(resolve(term)))
+        kept, whole = self._shrink.share(term)
         with self._node.graph.inserting_before(self._node):
-            part = self._node.graph.call_function(operator.floordiv, (literal, int(share.q)))
-            return self._node.graph.call_function(operator.mul, (part, int(share.p)))
+            part = self._node.graph.call_function(operator.floordiv, (literal, whole))
+            return self._node.graph.call_function(operator.mul, (part, kept))
 
     def kept(self, key: str, literal: int) -> int:
         """The size of a noted term after removal."""
@@ -163,9 +168,6 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
     Args:
         program: A typed program. It is not changed; untouched tensors are shared.
         keep: One boolean mask per variable, True where an index stays.
-
-    Raises:
-        ProofError: If an operation with a literal size on a shrunk axis cannot be rewritten.
     """
     types = program.typing
     shrink = Shrink(types, keep)
@@ -195,7 +197,7 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
             set_tensor(new.module, name, sliced.contiguous())
     new.module.graph.eliminate_dead_code()
     new.module.recompile()
-    propagate(new)
+    _describe(program, new, shrink)
     return typed(new)
 
 
@@ -239,48 +241,49 @@ def _free_name(module: torch.nn.Module, name: str) -> str:
     return name
 
 
-def propagate(program: Program) -> None:
-    """Recompute every value's metadata (``meta['val']``) by running the graph on fake tensors.
+def _describe(program: Program, new: Program, shrink: Shrink) -> None:
+    """Give the new graph's values the metadata (``meta['val']``) that their axes predict.
 
-    Dynamic axes keep their symbols, so that shapes are checked for every size, not for one.
-
-    Raises:
-        ProofError: If an operation does not accept its shrunk operands.
+    Dynamic axes keep their symbols. That the predictions are right is for the proof to say.
     """
-    placeholders = [node for node in program.nodes if node.op == "placeholder"]
-    held = [node.meta.get("val") for node in placeholders]
-    mode = next((v.fake_mode for node in program.nodes for v in [node.meta.get("val")] if isinstance(v, torch._subclasses.FakeTensor)), None)
-    if mode is None:
-        mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
-        held = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in held]
-    values: dict[fx.Node, Any] = {}
-    fakes: dict[str, torch.Tensor] = {}
-    inputs = iter(held)
-    quiet = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
-    with mode, quiet, enable_python_dispatcher(), torch.no_grad():
-        for node in program.nodes:
-            if node.op == "placeholder":
-                values[node] = next(inputs)
-                continue
-            if node.op == "output":
-                continue
+    types = program.typing
+    held = (v for node in program.nodes for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, FakeTensor))
+    mode = next((v.fake_mode for v in held), None)
+    made: dict[Any, torch.Tensor] = {}
+
+    def make(shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        key = (dtype, device, tuple(as_size(size) for size in shape))
+        if key not in made:
+            made[key] = torch.empty(shape, dtype=dtype, device=device)
+        return made[key]
+
+    def predicted(value: Any, axes: Axes | None) -> Any:
+        if axes is None or not isinstance(value, torch.Tensor) or not shrink.any(axes):
+            return value
+        sizes = [_scaled(size, shrink.share(term)) if shrink.touched(term) else size for size, term in zip(value.shape, axes, strict=True)]
+        return make(tuple(sizes), value.dtype, value.device)
+
+    quiet = mode.shape_env.suppress_guards() if mode is not None and mode.shape_env is not None else contextlib.nullcontext()
+    with mode or torch.device("meta"), quiet, torch.no_grad():
+        for node in new.nodes:
+            old = program.by_name.get(node.name)
             if node.op == "get_attr":
-                name = str(node.target)
-                if name not in fakes:
-                    tensor = program.tensors[name]
-                    fakes[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-                values[node] = fakes[name]
-            else:
-                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-                try:
-                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-                except Exception as error:
-                    raise ProofError(
-                        f"operation {op_name(node.target)} does not accept its shrunk operands: {str(error).splitlines()[0]}",
-                        where=f"%{node.name} ({location(node) or 'generated'})",
-                        hint="report this with the model; freeze the axis with discover{freeze=[...]} meanwhile",
-                    ) from error
-            node.meta["val"] = values[node]
+                tensor = new.tensors[str(node.target)]
+                if old is None or tensor.shape != program.tensors[str(node.target)].shape:
+                    node.meta["val"] = make(tuple(tensor.shape), tensor.dtype, tensor.device)
+            elif old is None and node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta.get("val"))
+                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+            elif old is not None:
+                axes, value = types.axes.get(node.name), node.meta.get("val")
+                if isinstance(axes, list):
+                    node.meta["val"] = type(value)(predicted(v, a) for v, a in zip(value, axes, strict=True))
+                else:
+                    node.meta["val"] = predicted(value, axes)
+
+
+def _scaled(size: Any, share: tuple[int, int]) -> Any:
+    return size // share[1] * share[0]
 
 
 def shape_of(value: Any) -> tuple[Size, ...]:

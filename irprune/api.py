@@ -30,7 +30,7 @@ from irprune.frontend.batches import Binding
 from irprune.ir.facts import Fact, Groups, Original, Plan, PruneReport, Task, Workspace
 from irprune.ir.program import Program
 from irprune.pipeline import files, manager, manifest, registry
-from irprune.pipeline.instruments import Timed, Timing
+from irprune.pipeline.instruments import Timed, Timing, Untouched
 from irprune.pipeline.manager import Instrument
 from irprune.pipeline.manifest import Manifest
 from irprune.pipeline.parser import parse, parse_toml, unparse, write
@@ -158,10 +158,10 @@ def run(
     manager.completed(pipeline, (Task, Original, Workspace))
     if dry_run:
         return _run(*load(target, seed=seed, **options), pipeline, None, instruments)
-    place = Path(out) if out is not None else files.numbered("runs", _stem(target))
-    with files.staged(place, force=force, artefacts=ARTEFACTS, last=manifest.NAME) as folder:
-        done = _run(*load(target, seed=seed, **options), pipeline, folder, instruments)
-    return dataclasses.replace(done, path=place)
+    place = Path(out) if out is not None else Path("runs") / _stem(target)
+    with files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=manifest.NAME) as stage:
+        done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments)
+    return dataclasses.replace(done, path=stage.place)
 
 
 def validate(
@@ -210,7 +210,7 @@ def _run(program: Program, facts: Iterable[Fact], pipeline: Sequence[Pass], fold
     known: list[Fact] = [*facts, Original(original)]
     if folder is not None:
         known.append(Workspace(folder))
-    program, found = manager.run(pipeline, program, known, [timing, *instruments])
+    program, found = manager.run(pipeline, program, known, [timing, Untouched(), *instruments])
     program = _typed(program)
     task, report, plan = found.get(Task), found.get(PruneReport), found.get(Plan)
     if folder is not None and report is not None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from irprune.errors import OutputError
 
+PART = ".irprune-part"
 # What libraries that write files themselves say where Python would raise OSError.
 _WRITER_FAILURES = ("PytorchStreamWriter", "os error ", "No space left on device", "unexpected pos ")
 
@@ -33,7 +36,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     folder: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
         part = folder / path.name
         yield part
         written = sorted(folder.iterdir(), key=lambda file: file == part)
@@ -53,16 +56,32 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A directory that is being filled.
+
+    Attributes:
+        folder: Where to write.
+        place: Where it appears when it is complete.
+    """
+
+    folder: Path
+    place: Path
+
+
 @contextmanager
-def staged(path: str | os.PathLike[str], *, force: bool = False, artefacts: Collection[str] = (), last: str = "") -> Iterator[Path]:
+def staged(
+    path: str | os.PathLike[str], *, numbered: bool = False, force: bool = False, artefacts: Collection[str] = (), last: str | None = None
+) -> Iterator[Stage]:
     """Fill a directory so that it appears under its name only when complete.
 
-    Yields a hidden directory next to the target. When the body ends it takes the target's place; when
-    the body raises, nothing of it stays. The name is reserved at once, so a place that cannot be
-    written is found before the work.
+    Its files are written into a hidden directory. When the body ends that takes its place; when the
+    body raises, nothing of it stays. The name is reserved at once, so a place that cannot be written is
+    found before the work. A directory that is there already stays and gets the files.
 
     Args:
         path: The directory; it may exist if it is empty.
+        numbered: Take the first free ``<path>-<n>`` instead.
         force: Also take a directory that is not empty. Files of the same names are replaced, other
             files stay.
         artefacts: File names that are removed from such a directory where the body has not written them.
@@ -72,30 +91,49 @@ def staged(path: str | os.PathLike[str], *, force: bool = False, artefacts: Coll
         OutputError: The directory is not empty, or cannot be written.
     """
     path = Path(path)
-    created = [folder for folder in (path, *path.parents) if not folder.exists()]
-    stage = path.parent / f".{path.name}.{os.getpid()}.part"
+    there = path.is_dir() and not numbered
+    made = [] if there else [folder for folder in path.parents if not folder.exists()]
+    folder: Path | None = None
     done = False
     try:
         with _writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-            occupied = any(path.iterdir())
-            if occupied and not force:
+            if there and any(path.iterdir()) and not force:
                 hint = "give another place with --out, or replace it with --force"
                 raise OutputError("the directory is not empty", where=str(path), hint=hint)
-            shutil.rmtree(stage, ignore_errors=True)
-            stage.mkdir()
-        yield stage
+            if not there:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path = _reserved(path, numbered)
+                made.insert(0, path)
+            folder = path / PART if there else path.parent / f".{path.name}{PART}"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        yield Stage(folder, path)
         with _writing(path):
-            if occupied:
-                _merge(stage, path, artefacts, last)
+            if there:
+                _merge(folder, path, artefacts, last)
             else:
-                os.replace(stage, path)
+                os.replace(folder, path)
         done = True
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        for folder in () if done else created:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        for one in () if done else made:
             with suppress(OSError):
-                folder.rmdir()
+                one.rmdir()
+
+
+def _reserved(path: Path, numbered: bool) -> Path:
+    """The new empty directory ``path``, or the first free ``<path>-<n>``."""
+    for number in itertools.count(1):
+        place = path.with_name(f"{path.name}-{number}") if numbered else path
+        try:
+            place.mkdir()
+        except FileExistsError:
+            if not numbered:
+                raise
+        else:
+            break
+    return place
 
 
 @contextmanager
@@ -106,21 +144,14 @@ def _writing(path: Path) -> Iterator[None]:
         raise unwritable(path, error.strerror or str(error)) from error
 
 
-def _merge(stage: Path, path: Path, artefacts: Collection[str], last: str) -> None:
-    (path / last).unlink(missing_ok=True)
+def _merge(stage: Path, path: Path, artefacts: Collection[str], last: str | None) -> None:
+    if last is not None:
+        (path / last).unlink(missing_ok=True)
     written = sorted(stage.iterdir(), key=lambda file: file.name == last)
     for name in set(artefacts) - {file.name for file in written}:
         (path / name).unlink(missing_ok=True)
     for file in written:
         os.replace(file, path / file.name)
-
-
-def numbered(folder: str | os.PathLike[str], stem: str) -> Path:
-    """The first ``folder/stem-<n>`` that does not exist."""
-    number = 1
-    while (path := Path(folder) / f"{stem}-{number}").exists():
-        number += 1
-    return path
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

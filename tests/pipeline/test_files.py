@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from irprune.errors import OutputError
-from irprune.pipeline.files import atomic, numbered, sha256, staged, write_text
+from irprune.pipeline.files import atomic, sha256, staged, write_text
 
 
 def listing(folder: Path) -> list[str]:
@@ -81,18 +81,32 @@ def test_sha256(tmp_path: Path) -> None:
 
 
 def fill(path: Path, error: BaseException | None = None, **options: object) -> None:
-    with staged(path, **options) as folder:  # type: ignore[arg-type]
-        (folder / "model.bin").write_text("new")
-        (folder / "manifest.json").write_text("new")
+    with staged(path, **options) as stage:  # type: ignore[arg-type]
+        (stage.folder / "model.bin").write_text("new")
+        (stage.folder / "manifest.json").write_text("new")
         assert not (path / "model.bin").exists() or (path / "model.bin").read_text() == "old"
         if error is not None:
             raise error
 
 
 def test_a_directory_appears_when_complete(tmp_path: Path) -> None:
-    fill(tmp_path / "runs" / "toy-1")
-    assert listing(tmp_path) == ["runs", "runs/toy-1", "runs/toy-1/manifest.json", "runs/toy-1/model.bin"]
-    assert numbered(tmp_path / "runs", "toy") == tmp_path / "runs" / "toy-2"
+    fill(tmp_path / "runs" / "toy")
+    assert listing(tmp_path) == ["runs", "runs/toy", "runs/toy/manifest.json", "runs/toy/model.bin"]
+
+
+def test_numbered_directories_are_reserved_at_once(tmp_path: Path) -> None:
+    with staged(tmp_path / "runs" / "toy", numbered=True) as first, staged(tmp_path / "runs" / "toy", numbered=True) as second:
+        assert [first.place.name, second.place.name] == ["toy-1", "toy-2"]
+    assert listing(tmp_path) == ["runs", "runs/toy-1", "runs/toy-2"]
+    with pytest.raises(ValueError):
+        fill(tmp_path / "runs" / "toy", ValueError("ours"), numbered=True)
+    assert listing(tmp_path) == ["runs", "runs/toy-1", "runs/toy-2"]
+
+
+def test_a_directory_that_is_there_stays_the_same_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fill(Path("."))
+    assert listing(Path.cwd()) == listing(tmp_path) == ["manifest.json", "model.bin"]
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("ours"), KeyboardInterrupt(), OutputError("full")])

@@ -1,0 +1,35 @@
+# make demo    set up, then prune a classifier trained on the spot, export it and validate it
+# make test    set up, then run the tests
+# make lint    set up, then check style, format and types
+# make docs    set up, then write docs/passes again from the passes
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.irprune
+PYTHON ?= $(firstword $(foreach name,python3.11 python3 python3.12 python3.13,$(shell command -v $(name))))
+
+.PHONY: demo test lint docs
+
+demo: $(STAMP)
+	$(BIN)/irprune run examples/digits.py --passes 'score{criterion=taylor},prune{ratio=0.5 steps=8},export,validate{seconds=2}'
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: $(STAMP)
+	@set -e; for name in $$($(BIN)/python -c 'from irprune.pipeline.registry import names; print(*names())'); do \
+	  $(BIN)/irprune passes "$$name" --markdown > "docs/passes/$$name.md"; done
+
+# torch goes first, alone: the other packages ask for ranges of it, and a range would pull another build.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { test -n "$(PYTHON)" && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; } \
+	  || { echo 'irprune needs Python 3.11 or newer: make PYTHON=/path/to/python3' >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	@touch $@

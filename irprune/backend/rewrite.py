@@ -276,9 +276,9 @@ def _describe(program: Program, new: Program, shrink: Shrink) -> None:
                 node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
             elif old is not None:
                 axes, value = types.axes.get(node.name), node.meta.get("val")
-                if isinstance(axes, list):
+                if isinstance(axes, list) and isinstance(value, list | tuple):
                     node.meta["val"] = type(value)(predicted(v, a) for v, a in zip(value, axes, strict=True))
-                else:
+                elif not isinstance(axes, list):
                     node.meta["val"] = predicted(value, axes)
 
 

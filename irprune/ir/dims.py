@@ -48,7 +48,7 @@ class Var:
     A variable is free, frozen, or bound to a term that replaces it everywhere.
     """
 
-    __slots__ = ("uid", "size", "bound", "frozen")
+    __slots__ = ("bound", "frozen", "size", "uid")
 
     def __init__(self, uid: int, size: Size) -> None:
         self.uid = uid

@@ -110,7 +110,7 @@ _upsample_bicubic2d_aa
 def pool(op: Op, **_: Any) -> Any:
     """Channels pass; as many trailing axes as the operation's name says are space."""
     operand = op.first()
-    rank = int(re.findall(r"[123](?=d)", op.node.target.__name__)[0])
+    rank = int(re.findall(r"[123](?=d)", op.name)[0])
     lead = operand.ndim - rank
     spatial(op, *operand.axes[lead:])
     found = [(*operand.axes[:lead], *places(op, sizes(result)[lead:])) for result in op.results]

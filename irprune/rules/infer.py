@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from irprune.ir.dims import UNIT, Dims, Freeze, Size, Term, as_size, resolve, term_size, variables
+from irprune.ir.dims import UNIT, Freeze, Size, Term, as_size, resolve, term_size, variables
 from irprune.ir.program import Axes, Diagnostic, Event, Program, Types
 from irprune.rules.registry import bind, op_name, registry
 
-UNIFORM = frozenset(
-    f"aten::{name}"
-    for name in "zeros ones full empty rand randn new_zeros new_ones new_full new_empty scalar_tensor empty_like zeros_like ones_like full_like".split()
-)
+UNIFORM_NAMES = """
+zeros ones full empty rand randn new_zeros new_ones new_full new_empty scalar_tensor empty_like zeros_like ones_like full_like
+"""
+UNIFORM = frozenset(f"aten::{name}" for name in UNIFORM_NAMES.split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,15 @@ class Op:
     def shape(self) -> tuple[Size, ...]:
         """Sizes of the first result."""
         return sizes(self.results[0])
+
+    @property
+    def name(self) -> str:
+        """The operation's name without namespace and overload."""
+        return op_name(self.node.target).rpartition("::")[2]
+
+    def argument(self, name: str) -> Any:
+        """An argument by its name in the operation's schema."""
+        return bind(self.node.target, self.node.args, dict(self.node.kwargs))[name]
 
     def operands(self) -> list[Value]:
         """All tensor operands in order of position."""
@@ -160,8 +169,8 @@ def typed(program: Program) -> Program:
 
 def _visit(node: fx.Node, program: Program, types: Types) -> None:
     if node.op == "output":
-        for position, value in enumerate(node.all_input_nodes):
-            for axes in _all_axes(types, value):
+        for position, operand in enumerate(node.all_input_nodes):
+            for axes in _all_axes(types, operand):
                 for term in axes:
                     types.dims.freeze(term, Freeze("interface", f"it is an axis of output {position} of the model", node.name))
         return
@@ -178,9 +187,9 @@ def _visit(node: fx.Node, program: Program, types: Types) -> None:
     if node.target is operator.getitem:
         parts = types.axes.get(node.args[0].name) if isinstance(node.args[0], fx.Node) else None
         if isinstance(parts, list) and isinstance(node.args[1], int):
-            axes = parts[node.args[1]]
-            if axes is not None:
-                types.axes[node.name] = axes
+            part = parts[node.args[1]]
+            if part is not None:
+                types.axes[node.name] = part
         return
     results = results_of(node)
     if not any(isinstance(result, torch.Tensor) for result in results):
@@ -286,7 +295,12 @@ def constants(graph: fx.Graph) -> frozenset[str]:
     written: set[fx.Node] = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable and isinstance(node.args[0] if node.args else None, fx.Node):
+        if (
+            node.op == "call_function"
+            and schema is not None
+            and schema.is_mutable
+            and isinstance(node.args[0] if node.args else None, fx.Node)
+        ):
             pending = [node.args[0]]
             while pending:
                 value = pending.pop()

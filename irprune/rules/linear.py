@@ -45,7 +45,7 @@ def _matmul(op: Op, a: Value, b: Value) -> Axes:
 @rule("matmul", "bmm", "mm", "mv", "dot", "__matmul__", "vdot", "inner")
 def matmul(op: Op) -> Axes:
     a, b = op.operands()
-    if "inner" in op.node.target.__name__ and b.ndim > 1:
+    if "inner" in op.name and b.ndim > 1:
         b = Value(b.node, (*b.axes[:-2], b.axes[-1], b.axes[-2]), (*b.shape[:-2], b.shape[-1], b.shape[-2]), b.dtype)
     return _matmul(op, a, b)
 
@@ -55,7 +55,7 @@ def addmm(op: Op, self: Value) -> Axes:
     """``self + a @ b``."""
     _, a, b = op.operands()
     result = _matmul(op, a, b)
-    if op.node.target.__name__.startswith("addbmm"):
+    if op.name.startswith("addbmm"):
         op.contract(a, 0)
         op.contract(b, 0)
         result = result[1:]
@@ -76,7 +76,7 @@ def einsum(op: Op, equation: str, tensors: list[Value]) -> Axes:
     left, _, right = equation.replace(" ", "").partition("->")
     inputs = left.split(",")
     if "->" not in equation:
-        letters = [c for c in left.replace("...", "").replace(",", "")]
+        letters = list(left.replace("...", "").replace(",", ""))
         right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     found: dict[str, Term] = {}
     ellipsis: Axes = ()

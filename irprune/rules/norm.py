@@ -94,7 +94,7 @@ def batch_norm(
 ) -> Any:
     """Per-channel statistics: nothing is mixed along axis 1; places that they are computed over stay."""
     channel = 1 if input.ndim > 1 else 0
-    if running_mean is None or "instance" in op.node.target.__name__:
+    if running_mean is None or "instance" in op.name:
         for dim in (0, *range(2, input.ndim)):
             op.freeze(input.axes[dim], "mixed", "a statistic is computed over it")
     for data in (weight, bias, running_mean, running_var):
@@ -113,9 +113,7 @@ def group_norm(op: Op, input: Value, weight: Value | None = None, bias: Value | 
     """Channels are ``groups * each``; ``each`` (and space, which stays) is mixed, groups are independent."""
     for term in input.axes[2:]:
         op.freeze(term, "mixed", "a statistic is computed over it")
-    name = "num_groups" if "native" not in op.node.target.__name__ else "group"
-    bound = dict(zip([a.name for a in op.node.target._schema.arguments], op.node.args, strict=False))
-    groups = int({**bound, **op.node.kwargs}[name])
+    groups = op.argument("num_groups" if "native" not in op.name else "group")
     each = quotient(input.shape[1], groups)
     for affine in (weight, bias):
         if affine is not None:

@@ -47,7 +47,7 @@ def recurrent(
     ``(T, B, directions * H)``. All layers and directions share ``H``, as their states are stacked.
     Packed sequences and projections (LSTMP) stay whole.
     """
-    gates = GATES[op.node.target.__name__.split(".")[0]]
+    gates = GATES[op.name]
     directions = 2 if bidirectional else 1
     per = 4 if has_biases else 2
     states = hx if isinstance(hx, list) else [hx]
@@ -84,7 +84,7 @@ def cell(op: Op, input: Value, hx: Any, w_ih: Value, w_hh: Value, b_ih: Value | 
         op.unify(state.axes[-1], hidden)
         op.contract(state, -1)
     op.contract(input, -1)
-    name = op.node.target.__name__.split(".")[0].removesuffix("_cell")
+    name = op.name.removesuffix("_cell")
     _cell(op, GATES[name], input.axes[-1], hidden, [value for value in (w_ih, w_hh, b_ih, b_hh) if value is not None])
     rows = input.axes[:-1]
     op.macs(*(tuple(atom for term in (*rows, *weight.axes) for atom in term) for weight in (w_ih, w_hh)))

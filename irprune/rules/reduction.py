@@ -61,7 +61,7 @@ def mixed(op: Op, self: Value, other: Value | None = None) -> Any:
     if isinstance(other, Value):
         return op.broadcast(self.axes, other.axes)
     dims = reduced_dims(op, self)
-    name = op.node.target.__name__.split(".")[0]
+    name = op.name
     if len(op.results) > 1:
         for dim in dims:
             op.freeze(self.axes[dim], "data-dependent", "the place of its extreme is an output")
@@ -85,7 +85,7 @@ def frozen_axis(op: Op, self: Value) -> Any:
     dims = reduced_dims(op, self)
     for dim in dims:
         op.freeze(self.axes[dim], "data-dependent", "its positions are compared")
-    name = op.node.target.__name__
+    name = op.name
     axes = self.axes if name.startswith(("cum", "logcum")) else drop(op, self, dims)
     return [axes] * len(op.results) if len(op.results) > 1 else axes
 
@@ -113,7 +113,9 @@ def masked_mean(keep: Keep, self: torch.Tensor, dim: Any = None, keepdim: bool =
 
 
 @renormalise("var", "std")
-def masked_var(keep: Keep, self: torch.Tensor, dim: Any = None, keepdim: bool = False, correction: Any = 1, unbiased: bool | None = None, **_: Any) -> torch.Tensor:
+def masked_var(
+    keep: Keep, self: torch.Tensor, dim: Any = None, keepdim: bool = False, correction: Any = 1, unbiased: bool | None = None, **_: Any
+) -> torch.Tensor:
     dims = _dims(self, dim)
     mask = keep.mask("self", *dims)
     count = mask.expand(self.shape).sum(dims, keepdim=True)

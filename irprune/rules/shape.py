@@ -90,12 +90,12 @@ def permute(op: Op, self: Value, dims: list[int]) -> Axes:
 
 
 @rule("transpose", "swapaxes", "swapdims", "transpose_copy")
-def transpose(op: Op, self: Value, dim0: int | None = None, dim1: int | None = None, axis0: int | None = None, axis1: int | None = None) -> Axes:
-    a, b = (dim0, dim1) if dim0 is not None else (axis0, axis1)
+def transpose(op: Op, self: Value) -> Axes:
+    a, b = op.node.args[1:3] if len(op.node.args) > 2 else op.node.kwargs.values()
     axes = list(self.axes)
     if axes:
-        assert a is not None
-        assert b is not None
+        assert isinstance(a, int)
+        assert isinstance(b, int)
         axes[a], axes[b] = axes[b], axes[a]
     return tuple(axes)
 
@@ -111,6 +111,7 @@ def reverse_axes(op: Op, self: Value) -> Axes:
 def movedim(op: Op, self: Value) -> Axes:
     """The permutation is read off torch itself, on a tensor that has only a shape."""
     marker = torch.empty(tuple(range(2, 2 + self.ndim)), device="meta")
+    assert callable(op.node.target)
     moved = op.node.target(marker, *op.node.args[1:], **op.node.kwargs)
     return tuple(self.axes[size - 2] for size in moved.shape)
 
@@ -399,7 +400,7 @@ def stack(op: Op, tensors: list[Value], dim: int = 0) -> Axes:
 def pad(op: Op, self: Value, pad: list[Any] | None = None, padding: list[Any] | None = None, mode: str | None = None) -> Axes:
     """A constant pad adds blocks of free positions before and after; other modes read positions."""
     amounts = pad if pad is not None else padding or []
-    constant = op.node.target.__name__.startswith("constant") or (mode or "") == "constant"
+    constant = op.name.startswith("constant") or (mode or "") == "constant"
     axes = list(self.axes)
     for i in range(len(amounts) // 2):
         at = self.ndim - 1 - i
@@ -513,10 +514,9 @@ def positional(op: Op) -> Axes:
 @rule("tril", "triu", "diagonal", "diag_embed", "diag", "trace", "diagonal_copy", "diff", "searchsorted", "bucketize")
 def position_dependent(op: Op, self: Value) -> Axes:
     """The last two axes (for ``diff``: its axis) are read by position."""
-    name = op.node.target.__name__
+    name = op.name
     if name.startswith("diff"):
-        dim = op.node.args[2] if len(op.node.args) > 2 else op.node.kwargs.get("dim", -1)
-        at = int(dim) % self.ndim  # type: ignore[call-overload]
+        at = op.argument("dim") % self.ndim
         op.freeze(self.axes[at], "position", "neighbouring positions of it are subtracted")
         end = op.solid(op.shape[at], "position", "neighbouring positions are subtracted")
         return (*self.axes[:at], end, *self.axes[at + 1 :])

@@ -493,7 +493,7 @@ def index_maps(term: Term, var: Var) -> list[npt.NDArray[np.int64]]:
                 parts.append(maps[lane] if lane < len(maps) else np.full(length, -1))
             columns.append(np.concatenate(parts))
         factors.append(columns)
-    out = []
+    out: list[npt.NDArray[np.int64]] = []
     for i, maps in enumerate(factors):
         before, after = int(np.prod(sizes[:i])), int(np.prod(sizes[i + 1 :]))
         out.extend(np.tile(np.repeat(m, after), before) for m in maps)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -19,8 +19,6 @@ from transformers.utils.hub import cached_file
 from irprune.errors import TargetError
 from irprune.frontend import blame
 from irprune.frontend.objectives import Kind
-
-T = TypeVar("T")
 
 _TABLES: dict[Kind, tuple[str, ...]] = {
     "seq2seq-lm": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
@@ -178,23 +176,22 @@ class Checkpoint:
 
     # -- what lies beside it ----------------------------------------------------------------------
 
-    def tokenizer(self) -> Any | None:
-        """The tokenizer, if the checkpoint has one."""
-        return self._optional(lambda: transformers.AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.code, **self.where))
+    def tokenizer(self) -> tuple[Any | None, str | None]:
+        """The tokenizer, or the reason why there is none."""
+        try:
+            return transformers.AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.code, **self.where), None
+        except Exception as error:
+            return None, blame.first_line(error)
 
     def preprocessor(self) -> dict[str, Any]:
-        """The preprocessor's settings; empty if the checkpoint has none."""
+        """The image processor's settings; empty if the checkpoint has none."""
         where = {key: value for key, value in self.where.items() if key != "gguf_file"}
-        path = self._optional(lambda: cached_file(self.location, "preprocessor_config.json", **where))
+        try:
+            path = cached_file(self.location, "preprocessor_config.json", **where)
+        except OSError:
+            return {}
         settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         return settings if isinstance(settings, dict) else {}
-
-    @staticmethod
-    def _optional(read: Callable[[], T]) -> T | None:
-        try:
-            return read()
-        except (OSError, ValueError, KeyError, ImportError):
-            return None
 
 
 def _names(table: str) -> dict[str, tuple[str, ...]]:

@@ -80,8 +80,7 @@ class Reader:
             rows: Tokens ``(count, length)`` of a text in place of random ones.
         """
         if rows is None:
-            tokens = int(self.config.get_text_config().vocab_size) if "input_ids" in names or "decoder_input_ids" in names else 2
-            rows = torch.randint(tokens, (count, self.length), generator=generator)
+            rows = torch.randint(self._tokens, (count, self.length), generator=generator)
         made: Batch = {}
         for name in names:
             if name == "input_ids":
@@ -89,12 +88,22 @@ class Reader:
             elif name == "attention_mask":
                 made[name] = torch.ones_like(rows)
             elif name == "decoder_input_ids":
-                start = self.config.get_text_config(decoder=True).decoder_start_token_id
-                made[name] = torch.cat([torch.full_like(rows[:, :1], start or 0), rows[:, :-1]], dim=1)
+                made[name] = torch.cat([torch.full_like(rows[:, :1], self._start), rows[:, :-1]], dim=1)
             else:
                 shape = {"pixel_values": self._image, "input_features": self._features, "input_values": self._values}[name]()
                 made[name] = torch.randn(count, *shape, generator=generator).to(self.model.dtype)
         return made
+
+    @property
+    def _tokens(self) -> int:
+        return int(getattr(self.config.get_text_config(decoder=True), "vocab_size", None) or 2)
+
+    @property
+    def _start(self) -> int:
+        """The first token that a decoder reads."""
+        sources = (getattr(self.model, "generation_config", None), self.config, self.config.get_text_config(decoder=True))
+        tokens = (getattr(source, "decoder_start_token_id", None) for source in sources)
+        return next((token for token in tokens if isinstance(token, int) and token < self._tokens), 0)
 
     # -- shapes of what is not text ---------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from irprune.ir.facts import Fact, Task
 from irprune.ir.program import Program
 
 _DTYPES = ("float32", "bfloat16", "float16", "auto")
-_OUTPUTS = ("logits", "logits_per_image", "last_hidden_state", "pooler_output")
+_OUTPUTS = ("logits", "start_logits,end_logits", "logits_per_image", "last_hidden_state", "pooler_output")
 
 
 def load(
@@ -60,8 +60,9 @@ def load(
         sequence: Tokens in each window of text.
         batch: Samples in a batch, at least 2.
         windows: Calibration windows at most; the metric takes up to four times as many.
-        outputs: Names of the outputs to keep, comma-separated; the default is the first of ``logits``,
-            ``logits_per_image``, ``last_hidden_state`` and ``pooler_output`` that the model has.
+        outputs: Names of the outputs to keep, comma-separated; the default is the first that the model
+            has of ``logits``, ``start_logits,end_logits``, ``logits_per_image``, ``last_hidden_state`` and
+            ``pooler_output``.
         meta: Build the model on the meta device from its configuration alone: no weights, no data.
         revision: Branch, tag or commit of a hub repository.
         trust_remote_code: Run the modelling code that comes with the checkpoint.
@@ -83,16 +84,20 @@ def load(
     with quiet():
         checkpoint = Checkpoint.find(target, revision, trust_remote_code)
         model, kind, notes = checkpoint.build(dtype=dtype, attention=attention, meta=meta, seed=seed)
-        tokenizer = None if meta else checkpoint.tokenizer()
         reader = Reader(model, kind, _length(checkpoint.config, sequence), checkpoint.preprocessor())
+        tokenizer, reason = checkpoint.tokenizer() if reader.reads_text and not meta else (None, None)
+    if reason is not None:
+        notes.append(f"there is no tokenizer, so no calibration text: {reason}")
     rows, file = None, calibration
-    if reader.reads_text and tokenizer is not None:
+    if tokenizer is not None:
         given = text.read(Path(calibration)) if calibration is not None else text.shipped()
         if given is not None:
             rows, file = text.windows(tokenizer, given, reader.length, framed=reader.framed), None
+    if rows is None and file is None and not reader.reads_text and not meta:
+        notes.append("calibration inputs are noise; give real ones with --calibration FILE")
     with quiet():
         program = _traced(reader, batch, seed, rows, outputs)
-    if kind == "encoder" and program.interface.outputs[0].startswith("logits"):
+    if kind == "encoder" and "logits" in program.interface.outputs[0]:
         kind = "classifier"
     mask = getattr(tokenizer, "mask_token_id", None)
     if kind == "masked-lm" and mask is None:
@@ -156,8 +161,12 @@ def _traced(reader: Reader, batch: int, seed: int, rows: torch.Tensor | None, ou
 
 def _kept(given: tuple[str, ...], outputs: str | None) -> tuple[str, ...]:
     if outputs is not None:
-        return tuple(name.strip() for name in outputs.split(","))
-    return (next((name for name in _OUTPUTS if name in given), given[0]),)
+        return _split(outputs)
+    return next((names for names in map(_split, _OUTPUTS) if set(names) <= set(given)), given[:1])
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(","))
 
 
 def _derived(
@@ -184,8 +193,8 @@ def _unused(model: torch.nn.Module, program: Program) -> list[str]:
     names = [name for name, _ in model.named_parameters() if name not in program.tensors]
     if not names:
         return []
-    outputs = ", ".join(program.interface.outputs)
-    return [f"{len(names)} parameters, {names[0]} first, take no part in {outputs} and are left out"]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"not needed for {', '.join(program.interface.outputs)} and left out: {names[0]}{more}"]
 
 
 def _noted(program: Program, notes: list[str]) -> Program:

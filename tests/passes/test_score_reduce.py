@@ -34,10 +34,10 @@ def test_reductions_of_two_structures(how: str, wanted: list[float]) -> None:
 
 
 def test_first_and_last_follow_execution_and_pass_over_what_only_carries() -> None:
-    of = [structure(7, "read"), structure(9, "carry"), structure(3, "write", weights=2), structure(3, "write"), structure(1, "carry")]
+    of = [structure(7, "read"), structure(9, "carry"), structure(3, "write"), structure(3, "write", weights=2), structure(1, "carry")]
     scores = np.arange(10.0).reshape(5, 2)
     assert reduce(scores, of, "last").tolist() == [0, 1]
-    assert reduce(scores, of, "first").tolist() == [6, 7], "the weight of the first operation, not its bias"
+    assert reduce(scores, of, "first").tolist() == [4, 5], "the weight of the first operation, not its bias"
     assert reduce(scores[[1, 4]], [of[1], of[4]], "last").tolist() == [2, 3]
 
 

@@ -112,7 +112,7 @@ class Taylor(Criterion):
 
         def terms(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
             term = weight * gradient
-            return term if self.mode == "vector" else term.abs() if self.order == 1 else term.square()
+            return term if self.mode == "vector" else term.abs_() if self.order == 1 else term.square_()
 
         def keep(name: str, gradient: torch.Tensor) -> None:
             for number, value in study.folded(name, terms, study.weights[name], gradient):

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from shapes import DYNAMIC, SHAPES, on_meta
 
 import irprune.api as irprune
 from irprune.analysis.cost import Cost
@@ -26,7 +27,6 @@ from irprune.ir.facts import Groups, PruneReport
 from irprune.ir.program import Program
 from irprune.pipeline import manager
 from irprune.pipeline.parser import parse
-from shapes import DYNAMIC, SHAPES, on_meta
 
 
 @dataclass(frozen=True)

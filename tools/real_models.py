@@ -31,7 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Literal
 
-import torch
+from subjects import SUBJECTS, Absent, Case, Subject
 
 import irprune.api as irprune
 from irprune.backend.onnx import export
@@ -39,7 +39,6 @@ from irprune.backend.runtime import Session
 from irprune.errors import IrpruneError
 from irprune.ir.facts import PruneReport, Task
 from irprune.ir.program import Program
-from subjects import SUBJECTS, Absent, Case, Subject
 
 LEAST, MOST = 0.2, 0.3
 CRITERIA = ("magnitude", "taylor")
@@ -83,10 +82,13 @@ def _before(subject: Subject, case: Case, program: Program, scratch: Path) -> fl
 
 def _pruned(subject: Subject, case: Case, program: Program, task: Task, criterion: str, scratch: Path) -> tuple[str, bool]:
     """One criterion: what happened, and whether it is within what is wanted."""
-    passes = f"discover,score{{criterion={criterion}}},prune{{{subject.prune}}},export,validate{{baseline=false evaluate=false rounds=5 seconds=0.1}}"
+    measured = "validate{baseline=false evaluate=false rounds=5 seconds=0.1}"
+    passes = f"discover,score{{criterion={criterion}}},prune{{{subject.prune}}},export,{measured}"
     done = irprune.run(program, passes, out=scratch / criterion, calibration=task.calibration, loss=task.loss)
     manifest, report = done.manifest, done.facts[PruneReport]
-    assert manifest.checks is not None and manifest.onnx is not None and done.path is not None
+    assert manifest.checks is not None
+    assert manifest.onnx is not None
+    assert done.path is not None
     removed, proof = report.achieved["params"], manifest.checks.numbers
     onnx, allowed = manifest.onnx.parity_max_abs_err, manifest.onnx.model_extra["tolerance"]
     fine = LEAST <= removed <= MOST and manifest.checks.shapes and manifest.checks.interface
@@ -133,8 +135,8 @@ def checked(names: list[str], memory_gib: float) -> Iterator[tuple[str, Outcome,
                 process.join()
                 killed = process.exitcode == -signal.SIGXCPU
                 outcome = ("FAILED", f"more than {seconds} s of processor time" if killed else f"died with exit code {process.exitcode}")
+        process.join(10)
         process.kill()
-        process.join()
         yield name, outcome, time.perf_counter() - start
 
 

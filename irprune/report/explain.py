@@ -13,7 +13,7 @@ from irprune.ir.dims import Var, resolve, variables
 from irprune.ir.facts import Group, Groups
 from irprune.ir.program import Program, location
 from irprune.ir.text import names, term_text
-from irprune.report.tables import alike
+from irprune.report.tables import alike, members
 from irprune.rules.registry import op_name
 
 
@@ -63,9 +63,9 @@ def _group(program: Program, group: Group) -> Iterator[Line]:
     yield from _decision(program, group, group.members[0].tensor, 1, "")
     yield Line(1, f"with one index go {group.params_per_index:,} parameters and {group.macs_per_index:,} multiply-accumulates")
     for role, verb in (("write", "written by"), ("carry", "carried by"), ("read", "read by")):
-        members = [str(member) for member in group.members if member.role == role]
-        if members:
-            yield Line(1, f"{verb} {', '.join(members)}")
+        found = members([member for member in group.members if member.role == role])
+        if found:
+            yield Line(1, f"{verb} {', '.join(found)}")
     for mixer in group.mixers:
         yield Line(1, f"mixed by {_operation(program, mixer)}")
 
@@ -83,7 +83,7 @@ def _tensor(program: Program, groups: Groups, name: str, tensor: str) -> Iterato
             if group is None:
                 yield Line(2, f"{var.size} positions stay: {var.frozen.message if var.frozen else 'no parameter shares them'}")
                 continue
-            others = ", ".join(str(member) for member in group.members if member.tensor != tensor)
+            others = ", ".join(members([member for member in group.members if member.tensor != tensor]))
             yield from _decision(program, group, tensor, 2, f", together with {others}" if others else "")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from irprune.analysis.cost import Cost
 from irprune.analysis.plan import PlanRow
-from irprune.ir.facts import Group, Groups
+from irprune.ir.facts import Group, Groups, Member
 from irprune.ir.program import Program, location
 from irprune.pipeline.manifest import Manifest
 
@@ -187,29 +188,33 @@ def groups_table(groups: Iterable[Group], *, every: bool = False) -> Table:
     for run in shown:
         first = run[0]
         name = first.name if len(run) == 1 else f"{first.name} … {run[-1].name} ({len(run)} x)"
-        told = first.frozen.message if first.frozen is not None else _members(first, every or len(run) == 1)
+        listed = [*map(str, first.members)] if every else members([member for group in run for member in group.members])
+        told = first.frozen.message if first.frozen is not None else " ".join(listed)
         exact = "yes" if first.exact else "no"
         table.add_row(name, first.kind, f"{first.size:,}", exact, f"{first.params_per_index:,}", escape(told))
     return table
 
 
 def alike(groups: Iterable[Group]) -> list[list[Group]]:
-    """Groups in runs that differ only in the numbers within their tensors' names."""
+    """Groups in runs that differ only in the number of their repeated block."""
     runs: dict[tuple[Any, ...], list[Group]] = {}
     for group in groups:
-        frozen = (group.frozen.code, _blank(group.frozen.message)) if group.frozen is not None else None
+        frozen = (group.frozen.code, re.sub(r"\d+", "*", group.frozen.message)) if group.frozen is not None else None
         members = tuple((_blank(member.tensor), member.axis, member.role) for member in group.members)
         runs.setdefault((group.kind, group.size, group.exact, group.params_per_index, frozen, members), []).append(group)
     return list(runs.values())
 
 
 def _blank(name: str) -> str:
-    return re.sub(r"\d+", "*", name)
+    """A dotted name with ``*`` for each part that is a number."""
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def _members(group: Group, exact_names: bool) -> str:
-    names = [str(member) if exact_names else f"{_blank(member.tensor)}:{member.axis}" for member in group.members]
-    return " ".join(dict.fromkeys(names))
+def members(of: Sequence[Member]) -> list[str]:
+    """Tensors with their axes; those of repeated blocks stand together as ``layers.*.weight:0``."""
+    shapes = [f"{_blank(member.tensor)}:{member.axis}" for member in of]
+    several = {shape for shape, count in Counter(shapes).items() if count > 1}
+    return list(dict.fromkeys(shape if shape in several else str(member) for shape, member in zip(shapes, of, strict=True)))
 
 
 Justify = Literal["left", "right"]

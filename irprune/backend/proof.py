@@ -209,8 +209,7 @@ def prove_shapes(before: Program, after: Program, shrink: Shrink, values: Mappin
                 continue
             predicted = [_concrete(shrink.size(term), known) for term in term_axes]
             found = [_concrete(size, known) for size in shape_of(tensor)]
-            found = [p if _open(p) and _open(f) else f for p, f in zip(predicted, found, strict=True)]
-            if predicted != found or tensor.dtype != typed_as.dtype:
+            if not _fit(predicted, found) or tensor.dtype != typed_as.dtype:
                 raise ProofError(
                     f"the plan predicts {typed_as.dtype} {predicted} for %{node.name} = {op_name(node.target)}, "
                     f"the program gives {tensor.dtype} {found}",
@@ -219,9 +218,10 @@ def prove_shapes(before: Program, after: Program, shrink: Shrink, values: Mappin
                 )
 
 
-def _open(size: Size) -> bool:
-    """A size that depends on contents: a symbol of its own in each run."""
-    return not isinstance(size, int)
+def _fit(predicted: list[Size], found: list[Size]) -> bool:
+    """Equal sizes. One that depends on contents is a symbol of its own in each run."""
+    pairs = zip(predicted, found, strict=False)
+    return len(predicted) == len(found) and all(a == b or not (isinstance(a, int) or isinstance(b, int)) for a, b in pairs)
 
 
 def _concrete(size: Size, known: Mapping[Any, int]) -> Size:
@@ -293,7 +293,7 @@ def prove_interface(before: Program, after: Program, values: Mapping[str, Any]) 
             if not isinstance(u, torch.Tensor) or not isinstance(v, torch.Tensor):
                 continue
             was, now = ([_concrete(size, known) for size in shape_of(t)] for t in (u, v))
-            if was != now or u.dtype != v.dtype:
+            if not _fit(was, now) or u.dtype != v.dtype:
                 raise ProofError(f"{kind} %{a.name} changed from {u.dtype} {was} to {v.dtype} {now}")
 
 
@@ -372,7 +372,6 @@ def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list
         if gap.relative > tolerance_of(before, value.dtype):
             gone = ", ".join(sorted({str(var) for term in axes for var in shrink.counts if shrink.touched(term)}))
             place = location(node) or "generated"
-            return (
-                f"they part at %{node.name} = {op_name(node.target)} ({place}), off by {gap.max_abs:.3g}, along {gone or 'no pruned axis'}"
-            )
+            where = f"the tensor {node.target}" if node.op == "get_attr" else f"%{node.name} = {op_name(node.target)} ({place})"
+            return f"they part at {where}, off by {gap.max_abs:.3g}, along {gone or 'no pruned axis'}"
     return "no single operation stands out"

@@ -341,7 +341,7 @@ def test_the_error_names_the_tensor_where_the_runs_part() -> None:
     smaller = remove(program, keep)
     broken = smaller.clone()
     set_tensor(broken.module, "fc1.bias", smaller.tensors["fc1.bias"].detach() + 1)
-    with pytest.raises(ProofError, match="they part at the tensor fc1.bias, off by 1"):
+    with pytest.raises(ProofError, match=r"they part at the tensor fc1\.bias, off by 1"):
         prove(program, typed(broken), keep)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sysconfig
 from collections import deque
@@ -12,8 +13,8 @@ from types import FrameType
 
 import torch
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-_STDLIB = sysconfig.get_path("stdlib")
+_LIBRARIES = tuple(f"{path}{os.sep}" for path in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+_STDLIB = sysconfig.get_path("stdlib") + os.sep
 
 
 def definition(module: torch.nn.Module) -> str | None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
-from irprune.errors import OptionError, TargetError, TraceError
+from irprune.errors import TargetError, TraceError
 from irprune.frontend import text
 from irprune.frontend.batches import Binding, counted, read
 from irprune.frontend.export import trace
@@ -24,25 +25,36 @@ from irprune.frontend.objectives import Batch, Objective
 from irprune.ir.facts import Fact, Task
 from irprune.ir.program import Program
 
-_DTYPES = ("float32", "bfloat16", "float16", "auto")
 _OUTPUTS = ("logits", "start_logits,end_logits", "logits_per_image", "last_hidden_state", "pooler_output")
 
 
-def load(
-    target: str,
-    *,
-    calibration: str | None = None,
-    seed: int = 0,
-    dtype: str = "float32",
-    attention: str = "sdpa",
-    sequence: int = 64,
-    batch: int = 2,
-    windows: int = 16,
-    outputs: str | None = None,
-    meta: bool = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[Program, tuple[Fact, ...]]:
+class Options(BaseModel):
+    """What can be set for an ``hf:`` target."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "float32", description="Type of the weights; auto is the checkpoint's own."
+    )
+    attention: Literal["sdpa", "eager"] = Field("sdpa", description="Attention to trace; eager where the class refuses sdpa.")
+    sequence: int = Field(64, ge=4, description="Tokens in each window of text.")
+    batch: int = Field(2, ge=2, description="Samples in a batch; a trace takes a batch of 1 for a constant.")
+    windows: int = Field(16, ge=1, description="Calibration windows at most; the metric takes up to four times as many.")
+    outputs: str | None = Field(
+        None,
+        description="Names of the outputs to keep, comma-separated; the default is the first that the model has of "
+        + "; ".join(_OUTPUTS)
+        + ".",
+    )
+    meta: bool = Field(False, description="Build the model on the meta device from its configuration alone: no weights, no data.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub repository.")
+    trust_remote_code: bool = Field(False, description="Run the modelling code that comes with the checkpoint.")
+
+
+_DEFAULTS = Options.model_validate({})
+
+
+def load(target: str, *, calibration: str | None = None, seed: int = 0, options: Options = _DEFAULTS) -> tuple[Program, tuple[Fact, ...]]:
     """Trace a Hugging Face model.
 
     Calibration text is the one given, else a short one shipped with irprune; its last fifth is held
@@ -55,37 +67,21 @@ def load(
         calibration: ``.txt``; ``.jsonl`` with a ``text`` in each line; or samples by input name
             (``.safetensors``, ``.npz``, ``.jsonl``).
         seed: Seed of inputs that are no text, and of weights that the checkpoint lacks.
-        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for the checkpoint's own.
-        attention: ``sdpa`` (``eager`` where the class refuses it) or ``eager``.
-        sequence: Tokens in each window of text.
-        batch: Samples in a batch, at least 2.
-        windows: Calibration windows at most; the metric takes up to four times as many.
-        outputs: Names of the outputs to keep, comma-separated; the default is the first that the model
-            has of ``logits``, ``start_logits,end_logits``, ``logits_per_image``, ``last_hidden_state`` and
-            ``pooler_output``.
-        meta: Build the model on the meta device from its configuration alone: no weights, no data.
-        revision: Branch, tag or commit of a hub repository.
-        trust_remote_code: Run the modelling code that comes with the checkpoint.
+        options: What can be set.
 
     Returns:
         The untyped program, with weights under the model's own names, and the :class:`Task`.
 
     Raises:
-        OptionError: An option is out of its range.
         TargetError: There is no such checkpoint, it cannot be read, or its inputs cannot be derived.
         TraceError: The model cannot be traced.
         DataError: Weights or calibration data cannot be used.
     """
-    _check(dtype in _DTYPES, "dtype", dtype, f"one of {', '.join(_DTYPES)}")
-    _check(attention in ("sdpa", "eager"), "attention", attention, "sdpa or eager")
-    _check(sequence >= 4, "sequence", sequence, "4 or more")
-    _check(batch >= 2, "batch", batch, "2 or more: a trace takes a batch of 1 for a constant")
-    _check(windows >= 1, "windows", windows, "1 or more")
     with quiet():
-        checkpoint = Checkpoint.find(target, revision, trust_remote_code)
-        model, kind, notes = checkpoint.build(dtype=dtype, attention=attention, meta=meta, seed=seed)
-        reader = Reader(model, kind, _length(checkpoint.config, sequence), checkpoint.preprocessor())
-        tokenizer, reason = checkpoint.tokenizer() if reader.reads_text and not meta else (None, None)
+        checkpoint = Checkpoint.find(target, options.revision, options.trust_remote_code)
+        model, kind, notes = checkpoint.build(dtype=options.dtype, attention=options.attention, meta=options.meta, seed=seed)
+        reader = Reader(model, kind, _length(checkpoint.config, options.sequence), checkpoint.preprocessor())
+        tokenizer, reason = checkpoint.tokenizer() if reader.reads_text and not options.meta else (None, None)
     if reason is not None:
         notes.append(f"there is no tokenizer, so no calibration text: {reason}")
     rows, file = None, calibration
@@ -93,10 +89,10 @@ def load(
         given = text.read(Path(calibration)) if calibration is not None else text.shipped()
         if given is not None:
             rows, file = text.windows(tokenizer, given, reader.length, framed=reader.framed), None
-    if rows is None and file is None and not reader.reads_text and not meta:
+    if rows is None and file is None and not reader.reads_text and not options.meta:
         notes.append("calibration inputs are noise; give real ones with --calibration FILE")
     with quiet():
-        program = _traced(reader, batch, seed, rows, outputs)
+        program = _traced(reader, options.batch, seed, rows, options.outputs)
     if kind == "encoder" and "logits" in program.interface.outputs[0]:
         kind = "classifier"
     mask = getattr(tokenizer, "mask_token_id", None)
@@ -105,7 +101,7 @@ def load(
     program = _noted(program, [*notes, *_unused(model, program)])
     binding = Binding([], program.interface)
     task = Task(target=target, inputs=binding, seed=seed)
-    if meta or (file is None and rows is None and reader.reads_text):
+    if options.meta or (file is None and rows is None and reader.reads_text):
         return program, (task,)
     objective = Objective(kind, program, mask, tuple(getattr(tokenizer, "all_special_ids", ())))
     if file is not None:
@@ -113,7 +109,7 @@ def load(
         cut = len(batches) - (len(batches) // 5 or min(1, len(batches) - 1))
         calibrate, held_out = batches[:cut], batches[cut:] or batches
     else:
-        calibrate, held_out = _derived(reader, program, rows, batch=batch, windows=windows, seed=seed)
+        calibrate, held_out = _derived(reader, program, rows, options, seed)
     names = tuple(program.interface.example[1])
 
     def prepared(raw: Iterable[Batch]) -> Callable[[], Iterator[Batch]]:
@@ -124,11 +120,6 @@ def load(
 
     task = dataclasses.replace(task, calibration=prepared(calibrate), loss=objective.loss, evaluate=evaluate)
     return program, (task,)
-
-
-def _check(fine: bool, name: str, value: Any, wanted: str) -> None:
-    if not fine:
-        raise OptionError(f"{name} is {value!r}", hint=f"give {wanted}")
 
 
 def _length(config: Any, sequence: int) -> int:
@@ -169,24 +160,22 @@ def _split(names: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names.split(","))
 
 
-def _derived(
-    reader: Reader, program: Program, rows: torch.Tensor | None, *, batch: int, windows: int, seed: int
-) -> tuple[list[Batch], list[Batch]]:
+def _derived(reader: Reader, program: Program, rows: torch.Tensor | None, options: Options, seed: int) -> tuple[list[Batch], list[Batch]]:
     """Batches to calibrate with and batches to measure with, from rows of text or from noise."""
     names = tuple(program.interface.example[1])
     generator = torch.Generator().manual_seed(seed + 1)
     if rows is None:
-        count = -(-windows // batch)
-        noise = [reader.batch(names, batch, generator) for _ in range(2 * count)]
+        count = -(-options.windows // options.batch)
+        noise = [reader.batch(names, options.batch, generator) for _ in range(2 * count)]
         return noise[:count], noise[count:]
     whole_only = 0 not in program.interface.dynamic[0]
 
     def cut(part: torch.Tensor) -> list[Batch]:
-        pieces = [piece for piece in part.split(batch) if len(piece) == batch or not whole_only]
+        pieces = [piece for piece in part.split(options.batch) if len(piece) == options.batch or not whole_only]
         return [reader.batch(names, len(piece), generator, piece) for piece in pieces]
 
     calibrate, held_out = text.parted(rows)
-    return cut(calibrate[:windows]), cut(held_out[: 4 * windows])
+    return cut(calibrate[: options.windows]), cut(held_out[: 4 * options.windows])
 
 
 def _unused(model: torch.nn.Module, program: Program) -> list[str]:

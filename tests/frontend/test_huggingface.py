@@ -393,11 +393,11 @@ def test_without_a_tokenizer_there_is_no_calibration(save: Save) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"attention": "flash"}, "attention is 'flash'"),
-        ({"batch": 1}, "batch is 1"),
-        ({"sequence": 1}, "sequence is 1"),
-        ({"windows": 0}, "windows is 0"),
+        ({"dtype": "int8"}, "target option 'dtype' is 'int8': input should be 'float32', 'bfloat16', 'float16' or 'auto'"),
+        ({"attention": "flash"}, "target option 'attention' is 'flash': input should be 'sdpa' or 'eager'"),
+        ({"batch": 1}, "target option 'batch' is 1: input should be greater than or equal to 2"),
+        ({"sequence": "long"}, "target option 'sequence' is 'long': input should be a valid integer, unable to parse string as an integer"),
+        ({"windows": 0}, "target option 'windows' is 0: input should be greater than or equal to 1"),
         ({"size": 3}, "unknown target option 'size'"),
     ],
 )

@@ -8,7 +8,7 @@ transformers' own auto-class tables, its inputs from ``main_input_name`` and the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from irprune.frontend.batches import Binding, counted, read
 from irprune.frontend.export import trace
 from irprune.frontend.hf_checkpoint import Checkpoint, quiet
 from irprune.frontend.hf_inputs import Reader
-from irprune.frontend.objectives import Batch, Objective
+from irprune.frontend.objectives import Batch, Kind, Objective
 from irprune.ir.facts import Fact, Task
 from irprune.ir.program import Program
 
@@ -93,33 +93,39 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
         notes.append("calibration inputs are noise; give real ones with --calibration FILE")
     with quiet():
         program = _traced(reader, options.batch, seed, rows, options.outputs)
-    if kind == "encoder" and "logits" in program.interface.outputs[0]:
-        kind = "classifier"
-    mask = getattr(tokenizer, "mask_token_id", None)
-    if kind == "masked-lm" and mask is None:
-        kind = "classifier"
     program = _noted(program, [*notes, *_unused(model, program)])
-    binding = Binding([], program.interface)
-    task = Task(target=target, inputs=binding, seed=seed)
+    task = Task(target=target, inputs=Binding([], program.interface), seed=seed)
     if options.meta or (file is None and rows is None and reader.reads_text):
         return program, (task,)
-    objective = Objective(kind, program, mask, tuple(getattr(tokenizer, "all_special_ids", ())))
     if file is not None:
-        batches = list(counted(read(Path(file), binding), file))
-        cut = len(batches) - (len(batches) // 5 or min(1, len(batches) - 1))
-        calibrate, held_out = batches[:cut], batches[cut:] or batches
+        data = _parted(list(counted(read(Path(file), Binding([], program.interface)), file)))
     else:
-        calibrate, held_out = _derived(reader, program, rows, options, seed)
-    names = tuple(program.interface.example[1])
+        data = _derived(reader, program, rows, options, seed)
+    return program, (_with_data(task, _objective(kind, program, tokenizer), *data, tuple(program.interface.example[1])),)
 
-    def prepared(raw: Iterable[Batch]) -> Callable[[], Iterator[Batch]]:
-        return lambda: map(objective.prepared, raw)
+
+def _objective(kind: Kind, program: Program, tokenizer: Any | None) -> Objective:
+    """A classifier shows in its outputs; a masked model whose mask is not known is measured like one."""
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if (kind == "encoder" and "logits" in program.interface.outputs[0]) or (kind == "masked-lm" and mask is None):
+        kind = "classifier"
+    return Objective(kind, program, mask, tuple(getattr(tokenizer, "all_special_ids", ())))
+
+
+def _with_data(task: Task, objective: Objective, calibrate: list[Batch], held_out: list[Batch], names: tuple[str, ...]) -> Task:
+    def prepared(raw: list[Batch]) -> Iterator[Batch]:
+        return map(objective.prepared, raw)
 
     def evaluate(predict: Callable[..., Any]) -> dict[str, float]:
-        return objective.evaluate(predict, prepared(held_out)(), names)
+        return objective.evaluate(predict, prepared(held_out), names)
 
-    task = dataclasses.replace(task, calibration=prepared(calibrate), loss=objective.loss, evaluate=evaluate)
-    return program, (task,)
+    return dataclasses.replace(task, calibration=lambda: prepared(calibrate), loss=objective.loss, evaluate=evaluate)
+
+
+def _parted(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The last fifth of a file's batches is held out for the metric; a single batch serves for both."""
+    cut = len(batches) - max(1, len(batches) // 5)
+    return (batches[:cut], batches[cut:]) if cut else (batches, batches)
 
 
 def _length(config: Any, sequence: int) -> int:

@@ -77,7 +77,8 @@ class Session:
         home = next(iter(feeds.values())).device if feeds else torch.device("cpu")
         binding, run = self._bind(feeds)
         run()
-        tensors = (torch.utils.dlpack.from_dlpack(value).to(home) for value in binding.get_outputs())
+        values = binding.get_outputs_as_ortvaluevector()
+        tensors = (_tensor(value).to(home) for value in values)
         leaves = [
             result.value if result.name is None else next(tensors).item() if result.scalar else next(tensors)
             for result in self.signature.results
@@ -156,6 +157,12 @@ def _element(tensor: torch.Tensor) -> int:
 
     name = _ONNX_NAME[tensor.dtype].upper()
     return int(TensorProto.DataType.Value(name))
+
+
+def _tensor(value: Any) -> torch.Tensor:
+    """A result of onnxruntime, its memory shared; its older versions hand out booleans as bytes."""
+    tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(value)
+    return tensor.bool() if value.data_type() == "tensor(bool)" else tensor
 
 
 def _unloadable(path: Path, error: Exception) -> ExportError:

@@ -35,6 +35,7 @@ class Records(nn.Module):
             "count": x.shape[0],
             "seven": 7,
             "offset": self.offset,
+            "positive": scores > 0,
             "pair": (hidden.sum(-1), scores.argmax(-1)),
         }
 

@@ -84,6 +84,7 @@ def test_nested_repeated_and_constant_results(records_file: OnnxFile) -> None:
         "x_1": ("batch", 4),
         "count": (),
         "offset": (3,),
+        "positive": ("batch", 3),
         "pair.0": ("batch",),
         "pair.1": ("batch",),
     }

@@ -100,7 +100,7 @@ def test_protected_tensors_stay_bit_by_bit() -> None:
 @given(
     ratio=st.floats(0.01, 0.6).map(lambda x: round(x, 3)),
     of=st.sampled_from(["params", "macs"]),
-    allocation=st.sampled_from(["local", "global"]),
+    allocation=st.sampled_from(["local", "uniform", "global"]),
     round_to=st.sampled_from([1, 8]),
 )
 def test_a_budget_is_met_and_one_unit_less_would_not_meet_it(name: str, ratio: float, of: str, allocation: str, round_to: int) -> None:
@@ -112,10 +112,10 @@ def test_a_budget_is_met_and_one_unit_less_would_not_meet_it(name: str, ratio: f
     assert cost.of(of, counts) <= whole * (1 - ratio) + 1e-6
     assert report.requested == {"ratio": ratio, "of": of, "allocation": allocation}
     assert report.achieved["ratio"] == report.achieved[of] == (whole - cost.of(of, counts)) / whole
-    # One rounding unit back in one group (global), or in all groups of one size (local), costs too much.
+    # One rounding unit back in one group, or in all groups of one size (uniform), costs too much.
     groups = [group for group in on.groups if group.name in found]
     together = (
-        [[group] for group in groups] if allocation == "global" else [[g for g in groups if g.size == group.size] for group in groups]
+        [[g for g in groups if g.size == group.size] for group in groups] if allocation == "uniform" else [[group] for group in groups]
     )
     back = [{**counts, **{group.var: min(group.size, counts[group.var] + round_to) for group in some}} for some in together]
     assert max(cost.of(of, less) for less in back) > whole * (1 - ratio) - 1e-6

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from irprune_passes.prune.allocate import Counts, Global, Local, Pool, masks, meet
+from irprune_passes.prune.allocate import Counts, Global, Local, Pool, Uniform, masks, meet
 
 
 def pool(name: str, *scores: float, **options: object) -> Pool:
@@ -102,8 +102,8 @@ def test_halves_go_to_even_as_in_torch(size: int, ratio: float, removed: int) ->
     assert Local([ramp("g", size)]).at(ratio)["g"] == size - removed
 
 
-def test_local_path_visits_every_uniform_plan_once() -> None:
-    path = Local([ramp("a", 2), ramp("b", 4)])
+def test_uniform_path_visits_every_plan_once() -> None:
+    path = Uniform([ramp("a", 2), ramp("b", 4)])
     assert [path.counts(step) for step in range(len(path))] == [
         {"a": 2, "b": 4},
         {"a": 2, "b": 3},
@@ -159,7 +159,7 @@ pools_of = st.lists(st.integers(1, 16), min_size=1, max_size=3).flatmap(
 )
 
 
-@pytest.mark.parametrize("kind", [Local, Global])
+@pytest.mark.parametrize("kind", [Local, Uniform, Global])
 @settings(max_examples=50)
 @given(scores=pools_of, unit=st.sampled_from([1, 2, 8]), share=st.floats(0.01, 0.99))
 def test_budget_is_met_and_the_step_before_does_not_meet_it(
@@ -179,9 +179,10 @@ def test_budget_is_met_and_the_step_before_does_not_meet_it(
         assert all(coupled(plan) > target for plan in plans[: plans.index(counts)])
 
 
+@pytest.mark.parametrize("kind", [Local, Global])
 @given(scores=pools_of, unit=st.sampled_from([1, 8]))
-def test_a_global_step_changes_one_pool_by_at_most_one_unit(scores: tuple[list[float], ...], unit: int) -> None:
-    path = Global([pool(str(i), *row, unit=unit) for i, row in enumerate(scores)])
+def test_a_step_changes_one_pool_by_at_most_one_unit(kind: type[Local] | type[Global], scores: tuple[list[float], ...], unit: int) -> None:
+    path = kind([pool(str(i), *row, unit=unit) for i, row in enumerate(scores)])
     for step in range(1, len(path)):
         before, after = path.counts(step - 1), path.counts(step)
         drops = [before[name] - after[name] for name in before if before[name] != after[name]]
@@ -213,3 +214,8 @@ def test_permuting_indices_permutes_the_choice(scores: list[float], ratio: float
 def test_an_unreachable_budget_has_no_plan() -> None:
     assert meet(Local([ramp("g", 4, floor=2)]), lambda counts: counts["g"], 1) is None
     assert meet(Local([]), lambda counts: 7, 7) == {}
+
+
+def test_local_path_moves_the_pools_one_after_the_other() -> None:
+    path = Local([ramp("a", 2), ramp("b", 2)])
+    assert [tuple(path.counts(step).values()) for step in range(len(path))] == [(2, 2), (2, 1), (1, 1), (1, 1), (1, 1)]

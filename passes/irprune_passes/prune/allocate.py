@@ -99,7 +99,7 @@ class Path(Protocol):
         ...
 
 
-class Local:
+class Uniform:
     """The same ratio of indices in every pool, so pools of one size stay of one size.
 
     Args:
@@ -121,6 +121,26 @@ class Local:
     def at(self, ratio: float) -> Counts:
         """``round(size * ratio)`` go from each pool (half to even, as ``torch.nn.utils.prune``), before rounding to units."""
         return {pool.name: pool.kept(round(pool.size * ratio)) for pool in self.pools}
+
+
+class Local(Uniform):
+    """The same ratio of indices in every pool, as closely as a budget allows.
+
+    Between two common ratios the pools move one after the other, the last one first, so that a plan
+    meets a budget within one rounding unit of one pool.
+    """
+
+    def __len__(self) -> int:
+        return (super().__len__() - 1) * len(self.pools) + 1 if self.pools else 1
+
+    def counts(self, step: int) -> Counts:
+        ratio, moved = divmod(step + len(self.pools) - 1, max(len(self.pools), 1))
+        after = super().counts(ratio)
+        if step == 0 or moved == len(self.pools) - 1:
+            return after
+        before = super().counts(ratio - 1)
+        late = {pool.name for pool in self.pools[len(self.pools) - 1 - moved :]}
+        return {name: after[name] if name in late else count for name, count in before.items()}
 
 
 class Global:

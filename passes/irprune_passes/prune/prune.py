@@ -18,7 +18,7 @@ from irprune.ir.facts import Fact, Group, Groups, Importance, Original, Plan, Pr
 from irprune.ir.program import Program
 from irprune.pipeline.passes import Facts, Pass, Result
 from irprune.pipeline.progress import track
-from irprune_passes.prune.allocate import Counts, Global, Local, Pool, masks, meet
+from irprune_passes.prune.allocate import Counts, Global, Local, Pool, Uniform, masks, meet
 from irprune_passes.prune.lineage import ancestors, scores_before
 from irprune_passes.prune.removal import by_var, carry_out, recipe_of, report, seed_of
 from irprune_passes.prune.select import LAYERS, Filter, Selection, select, units
@@ -42,9 +42,9 @@ class Prune(Pass):
               and the fact ``PruneReport``
 
     The lowest scores go first, ties by index. A ratio of parameters or multiply-accumulates is of the
-    whole model: the smallest plan whose cost meets it is taken. A local allocation keeps groups of one
-    size at one size, so it meets the budget within one step of the common ratio; a global one meets it
-    within one index, or one rounding unit, of one group. A ratio of indices means
+    whole model: the smallest plan whose cost meets it is taken. It meets the budget within one index, or
+    one rounding unit, of one group. A uniform allocation keeps groups of one size at one size, so it meets
+    the budget within one step of the common ratio. A ratio of indices means
     ``round(size * ratio)`` of each group (half to even, as ``torch.nn.utils.prune``), or of all indices
     together for a global allocation; at least ``min_keep`` stay.
 
@@ -66,8 +66,10 @@ class Prune(Pass):
     count: int | None = Field(
         None, ge=0, description="Instead of a ratio: exactly so many indices of each group (of all together if global), unrounded."
     )
-    allocation: Literal["local", "global"] = Field(
-        "local", description="The same ratio of indices in each group, or one ranking over all groups by their scores."
+    allocation: Literal["local", "uniform", "global"] = Field(
+        "local",
+        description="The same ratio of indices in each group; the same and groups of one size stay of one size; "
+        "or one ranking over all groups by their scores.",
     )
     per_cost: Literal["none", "params", "macs"] = Field(
         "none", description="Divide the scores of a global ranking by the cost of an index."
@@ -105,7 +107,7 @@ class Prune(Pass):
                 if getattr(self, other) != type(self).model_fields[other].default:
                     raise ValueError(f"give `count` or `{other}`, not both")
         if self.per_cost != "none" and self.allocation != "global":
-            raise ValueError("`per_cost` needs allocation=global: a local allocation does not compare groups")
+            raise ValueError(f"`per_cost` needs allocation=global: a {self.allocation} allocation does not compare groups")
         return self
 
     def run(self, program: Program, facts: Facts) -> Result:
@@ -176,16 +178,18 @@ class _Planner:
             raise self._nothing()
         return plan
 
-    def _path(self, scores: Scores, ceilings: Counts) -> Local | Global:
+    def _path(self, scores: Scores, ceilings: Counts) -> Uniform | Global:
         options = self.options
         pools = []
         for group in self.selection.chosen:
             cost = {"none": 1, "params": group.params_per_index, "macs": group.macs_per_index}[options.per_cost]
             values = _checked(group, scores)
             pools.append(Pool(group.name, values, self.units[group.name], options.min_keep, ceilings[group.name], max(cost, 1)))
-        return Local(pools) if options.allocation == "local" else Global(pools)
+        if options.allocation == "global":
+            return Global(pools)
+        return Local(pools) if options.allocation == "local" else Uniform(pools)
 
-    def _choose(self, path: Local | Global, part: Fraction) -> Counts:
+    def _choose(self, path: Uniform | Global, part: Fraction) -> Counts:
         """Kept counts when ``part`` of what was asked is to be gone."""
         options = self.options
         if options.count is not None:
@@ -221,7 +225,7 @@ class _Planner:
 
     # -- what cannot be met ---------------------------------------------------------------------
 
-    def _check_reach(self, path: Local | Global) -> None:
+    def _check_reach(self, path: Uniform | Global) -> None:
         """Refuse a request that even the last step of the path does not meet."""
         options = self.options
         if options.count is not None:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from score_toys import TwoLayers, importance, mean_square, pairs, seeded, task, traced
 from torch import nn
 
+from irprune.analysis.groups import discover
 from irprune.errors import DataError
 from irprune.ir.facts import Groups
 from irprune.ir.program import Program
@@ -51,6 +52,17 @@ def test_random_is_uniform_and_depends_on_seed_and_group_only(toy: tuple[Program
     assert scores.min() >= 0
     assert scores.max() < 1
     np.testing.assert_allclose(np.quantile(scores, [0.25, 0.5, 0.75]), [0.25, 0.5, 0.75], atol=0.03)
+
+
+def test_random_numbers_of_a_group_are_its_own() -> None:
+    program, groups = traced(seeded(lambda: nn.Sequential(TwoLayers(outputs=5), TwoLayers(inputs=5))), X)
+    scores = importance(program, groups, criterion="random").scores
+    assert len(scores) == len({tuple(found) for found in scores.values()}) == 3
+    fewer = discover(program, freeze=["0.fc1.weight"])
+    assert len(fewer.prunable) == 2
+    for name, found in importance(program, fewer, criterion="random").scores.items():
+        key = fewer[name].key
+        assert found.tolist() == scores[next(group.name for group in groups if group.key == key)].tolist()
 
 
 def test_the_seed_of_the_run_is_the_default(toy: tuple[Program, Groups]) -> None:

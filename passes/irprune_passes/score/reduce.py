@@ -64,8 +64,9 @@ def structures(program: Program, groups: Iterable[Group]) -> tuple[Structure, ..
         for member in group.members:
             if program.is_parameter(member.tensor):
                 tensor = program.tensors[member.tensor]
-                owned = [np.stack([index_of[index_of >= 0], np.flatnonzero(index_of >= 0)]) for index_of in member.maps]
-                indices, positions = np.unique(np.concatenate(owned, axis=1), axis=1)
+                length = tensor.shape[member.axis]
+                owned = [index_of[here] * length + here for index_of in member.maps for here in [np.flatnonzero(index_of >= 0)]]
+                indices, positions = np.divmod(np.unique(np.concatenate(owned)), length)
                 lengths = np.bincount(indices, minlength=group.size)
                 places = torch.from_numpy(positions).to(tensor.device), torch.from_numpy(lengths).to(tensor.device)
                 found.append(Structure(group.name, group.size, tensor.numel(), member, *places))

@@ -85,9 +85,7 @@ def irprune(version: Annotated[bool, typer.Option("--version", help="Print the v
 @app.command(epilog=EXIT_CODES)
 def run(
     target: Target,
-    passes: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The pipeline, as prune{ratio=0.2},export,validate.")
-    ] = None,
+    passes: Annotated[str | None, typer.Option(metavar="TEXT", help="The pipeline, as prune{ratio=0.2},export,validate.")] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE", help="The pipeline as a TOML file with one table per pass.")] = None,
     out: Out = None,
     seed: Seed = 0,
@@ -298,7 +296,7 @@ def _show(done: Run, *, timing: bool, quiet: bool) -> None:
         console.print(tables.plan_table(done.plan))
         _say(tables.plan_lines(done.manifest, done.plan))
         return
-    _say(f"note: {note}" for note in done.manifest.notes)
+    _say(tables.note_lines(done.manifest.notes, "the manifest has them"))
     console.print(tables.run_table(done.manifest))
     _say(tables.run_lines(done.manifest))
     if done.path is not None:

@@ -1,4 +1,4 @@
-"""Every command of docs/command-line.md runs, in the order of the page."""
+"""Every command of docs/command-line.md runs, in the order of the page; so does docs/python.md."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 from irprune import cli, errors
 from irprune.cli import app
 
-PAGE = (Path(__file__).parents[1] / "docs" / "command-line.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "command-line.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -38,3 +40,12 @@ def test_the_exit_codes_of_the_page() -> None:
     assert "\n\n".join(["Exit codes:", *(f"{code} {text}" for code, text in told.items())]) == cli.EXIT_CODES
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, errors.IrpruneError)]
     assert {str(cls.exit_code) for cls in classes} <= told.keys()
+
+
+def test_the_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    assert names["result"].path == Path("runs/sequential-1")
+    assert names["result"].manifest.model.after.params < 0.7 * names["result"].manifest.model.before.params

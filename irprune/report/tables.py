@@ -156,7 +156,17 @@ def inspection_lines(program: Program, groups: Groups) -> Iterator[str]:
     share = f" ({within / total:.1%})" if total else ""
     yield f"{len(groups.prunable)} prunable groups, {len(groups) - len(groups.prunable)} that stay whole"
     yield f"{within:,} of {total:,} parameters{share} lie in a prunable group"
-    yield from (f"note: {note}" for note in notes(program))
+    yield from note_lines(notes(program), "--json lists them")
+
+
+SHOWN_NOTES = 8
+
+
+def note_lines(of: Sequence[str], rest: str) -> Iterator[str]:
+    """The first notes, and where the others are."""
+    yield from (f"note: {note}" for note in of[:SHOWN_NOTES])
+    if len(of) > SHOWN_NOTES:
+        yield f"note: {len(of) - SHOWN_NOTES} more; {rest}"
 
 
 def notes(program: Program) -> list[str]:

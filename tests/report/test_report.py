@@ -207,6 +207,12 @@ def test_a_run_says_what_is_proven(line: str) -> None:
     assert list(tables.run_lines(manifest(prune=RATIO, checks=LINES[line]))) == ["asked for ratio=0.7; reached 0.7500", line]
 
 
+def test_many_notes_are_cut_short() -> None:
+    assert list(tables.note_lines(["a", "b"], "see there")) == ["note: a", "note: b"]
+    told = list(tables.note_lines([str(number) for number in range(11)], "see there"))
+    assert told == [*(f"note: {number}" for number in range(8)), "note: 3 more; see there"]
+
+
 # -- pass pages -----------------------------------------------------------------------------------
 
 

@@ -21,7 +21,10 @@ Counts = Mapping[Var, int]
 
 
 class Cost:
-    """Costs of a typed program. Sizes of dynamic axes are those of the example inputs."""
+    """Costs of a typed program.
+
+    Sizes of dynamic axes are those of the example inputs; a size that depends on contents counts as 1.
+    """
 
     def __init__(self, program: Program) -> None:
         types = program.typing
@@ -33,7 +36,7 @@ class Cost:
         self._macs = {name: tuple(resolve(product) for product in products) for name, products in types.macs.items()}
         known = hints(program)
         symbolic = {var for products in self._macs.values() for product in products for var in variables(product)}
-        self._sizes = {var: int(var.size.subs(known)) for var in symbolic if not isinstance(var.size, int)}
+        self._sizes = {var: _number(var.size.subs(known)) for var in symbolic if not isinstance(var.size, int)}
 
     def _value(self, product: Term, counts: Counts | None) -> int:
         size = kept_size(product, {**self._sizes, **counts} if counts else self._sizes)
@@ -77,6 +80,10 @@ class Cost:
             less = {var: int(var.size) - 1}
             found.append(sum(self._value(p, None) - self._value(p, less) for p in uses.get(var, ())))
         return found[0], found[1]
+
+
+def _number(size: sympy.Expr) -> int:
+    return int(size.subs(dict.fromkeys(size.free_symbols, 1)))
 
 
 def hints(program: Program) -> dict[Any, int]:

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from irprune.analysis.cost import Cost
@@ -118,12 +119,16 @@ def _members(program: Program, found: dict[Var, _Found]) -> None:
 
 
 def derived_values(program: Program) -> set[fx.Node]:
-    """Values that depend on parameters or constants only (a transposed weight, a weight norm)."""
+    """Values that depend on parameters, constants or sizes only (a transposed weight, an initial state)."""
     out: set[fx.Node] = set()
     for node in program.nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and all(operand in out for operand in node.all_input_nodes)):
+        if node.op == "get_attr" or (node.op == "call_function" and all(o in out or _is_size(o) for o in node.all_input_nodes)):
             out.add(node)
     return out
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
 def uses_of(holder: fx.Node, derived: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:

@@ -52,7 +52,7 @@ class Keep:
                 continue
             shape = [1] * value.ndim
             shape[dim] = -1
-            out = out & torch.from_numpy(self._shrink.mask(term)).to(value.device).reshape(shape)
+            out = out & torch.from_numpy(self._shrink.mask(term, value.shape[dim])).to(value.device).reshape(shape)
         return out
 
     def call(self, /, **replaced: Any) -> Any:
@@ -97,7 +97,7 @@ class Masked(fx.Interpreter):
     def _along(self, tensor: torch.Tensor, dim: int, term: Any) -> torch.Tensor:
         shape = [1] * tensor.ndim
         shape[dim] = -1
-        return torch.from_numpy(self._shrink.mask(term)).to(tensor.device).reshape(shape)
+        return torch.from_numpy(self._shrink.mask(term, tensor.shape[dim])).to(tensor.device).reshape(shape)
 
     def run_node(self, n: fx.Node) -> Any:
         events = self._events.get(n.name)
@@ -219,9 +219,9 @@ def prove_shapes(before: Program, after: Program, shrink: Shrink, values: Mappin
 
 
 def _fit(predicted: list[Size], found: list[Size]) -> bool:
-    """Equal sizes. One that depends on contents is a symbol of its own in each run."""
+    """Equal sizes. One that depends on contents is a symbol of its own in each run: that is for the numbers to tell."""
     pairs = zip(predicted, found, strict=False)
-    return len(predicted) == len(found) and all(a == b or not (isinstance(a, int) or isinstance(b, int)) for a, b in pairs)
+    return len(predicted) == len(found) and all(a == b or not (isinstance(a, int) and isinstance(b, int)) for a, b in pairs)
 
 
 def _concrete(size: Size, known: Mapping[Any, int]) -> Size:

@@ -22,10 +22,17 @@ from irprune.rules.registry import bind, op_name, registry
 
 
 class Shrink:
-    """A plan seen from the axes: which are touched, what is kept of them."""
+    """A plan seen from the axes: which are touched, what is kept of them.
 
-    def __init__(self, types: Types, keep: Mapping[Var, Mask]) -> None:
+    Args:
+        types: The types of the program.
+        keep: One mask per variable.
+        known: Sizes of the symbols, for masks of axes that have a dynamic factor.
+    """
+
+    def __init__(self, types: Types, keep: Mapping[Var, Mask], known: Mapping[Any, int] | None = None) -> None:
         self.types = types
+        self._known = known or {}
         self.keep = {var: mask for var, mask in keep.items() if not mask.all()}
         self.counts = {var: int(mask.sum()) for var, mask in self.keep.items()}
 
@@ -37,8 +44,18 @@ class Shrink:
             return any(self.any(item) for item in axes)
         return axes is not None and any(self.touched(term) for term in axes)
 
-    def mask(self, term: Term) -> Mask:
-        return mask_of(term, self.keep)
+    def mask(self, term: Term, length: int | None = None) -> Mask:
+        """The keep mask of an axis; its length says what a factor that depends on contents is."""
+        term = resolve(term)
+        keep = dict(self.keep)
+        for var in variables(term):
+            if isinstance(var.size, int):
+                continue
+            size = var.size.subs(self._known)
+            if not size.is_Integer and length is not None:
+                size = length / sympy.cancel(term_size(term) / var.size).subs(self._known)
+            keep[var] = np.ones(int(size), dtype=bool)
+        return mask_of(term, keep)
 
     def size(self, term: Term) -> Size:
         return kept_size(term, self.counts)
@@ -52,7 +69,7 @@ class Shrink:
         """The kept part of a tensor; the tensor itself where nothing is removed."""
         for dim, term in enumerate(axes):
             if self.touched(term):
-                index = torch.from_numpy(np.flatnonzero(self.mask(term))).to(tensor.device)
+                index = torch.from_numpy(np.flatnonzero(self.mask(term, tensor.shape[dim]))).to(tensor.device)
                 tensor = tensor.index_select(dim, index)
         return tensor
 

@@ -58,7 +58,7 @@ def resize_attention(rw: Resize, scale: float | None = None, **_: Any) -> None:
         rw.set("scale", 1.0 / math.sqrt(size))
 
 
-@rule("multi_head_attention_forward", "_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+@rule("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
 def fused(op: Op, **_: Any) -> Any:
     """Fused inference kernels hide their head layout: everything stays whole."""
     for operand in op.operands():

@@ -98,8 +98,8 @@ def resize_convolution(rw: Resize, groups: int = 1, **_: Any) -> None:
 
 POOLS = """
 max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices lp_pool1d lp_pool2d
-_adaptive_avg_pool2d _adaptive_avg_pool3d max_pool1d_with_indices max_pool3d_with_indices fractional_max_pool2d
+adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices
+_adaptive_avg_pool2d _adaptive_avg_pool3d max_pool1d_with_indices max_pool3d_with_indices
 upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
 upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa
 _upsample_bicubic2d_aa
@@ -117,7 +117,17 @@ def pool(op: Op, **_: Any) -> Any:
     return found if len(found) > 1 else found[0]
 
 
-@rule("im2col", "unfold_backward")
+@rule("fractional_max_pool2d", "fractional_max_pool3d")
+def fractional_pool(op: Op, self: Value, random_samples: Value) -> Any:
+    """Pooling over windows that samples ``(N, C, rank)`` place."""
+    channel = self.ndim - random_samples.shape[-1] - 1
+    op.unify(self.axes[channel], random_samples.axes[1])
+    if channel:
+        op.unify(self.axes[0], random_samples.axes[0])
+    return pool(op)
+
+
+@rule("im2col")
 def im2col(op: Op, self: Value) -> Axes:
     """``(N, C, H, W)`` to ``(N, C * k, places)``."""
     spatial(op, *self.axes[-2:])

@@ -311,7 +311,7 @@ def constants(graph: fx.Graph) -> frozenset[str]:
     for node in graph.nodes:
         if node.op != "call_function" or node in written:
             continue
-        if node.target is not operator.getitem and op_name(node.target) in NONDETERMINISTIC:
+        if op_name(node.target) == "aten::empty" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             continue
         results = results_of(node)
         if all(operand.name in found for operand in node.all_input_nodes) and all(
@@ -319,9 +319,6 @@ def constants(graph: fx.Graph) -> frozenset[str]:
         ):
             found.add(node.name)
     return frozenset(found)
-
-
-NONDETERMINISTIC = frozenset({"aten::rand", "aten::randn", "aten::randint", "aten::randperm", "aten::empty", "aten::bernoulli"})
 
 
 def free_variables(types: Types, axes: Axes) -> Iterable[Any]:

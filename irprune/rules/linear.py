@@ -42,7 +42,7 @@ def _matmul(op: Op, a: Value, b: Value) -> Axes:
     return (*batch, *rows, *columns)
 
 
-@rule("matmul", "bmm", "mm", "mv", "dot", "__matmul__", "vdot", "inner")
+@rule("matmul", "bmm", "mm", "mv", "dot", "vdot", "inner")
 def matmul(op: Op) -> Axes:
     a, b = op.operands()
     if "inner" in op.name and b.ndim > 1:

@@ -8,7 +8,7 @@ import torch
 
 from irprune.ir.dims import quotient
 from irprune.ir.program import Axes
-from irprune.rules.infer import Op, Value
+from irprune.rules.infer import Op, Value, sizes
 from irprune.rules.registry import renormalise, resize, rule
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def group_norm(op: Op, input: Value, weight: Value | None = None, bias: Value | 
             op.mix(input, "group_norm", 1)
     if len(op.results) == 1:
         return input.axes
-    return [input.axes, *(tuple(op.solid(int(s), "mixed", "a statistic of a group norm") for s in r.shape) for r in op.results[1:])]
+    return [input.axes, *(tuple(op.solid(s, "mixed", "a statistic of a group norm") for s in sizes(r)) for r in op.results[1:])]
 
 
 @resize("group_norm")
@@ -154,7 +154,7 @@ def masked_group_norm(
     return (out if bias is None else out + bias.reshape(-1, *tail)).to(input.dtype)
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "softmin", "_safe_softmax")
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
 def softmax(op: Op, self: Value, dim: int) -> Axes:
     if self.ndim:
         op.mix(self, "softmax", dim)

@@ -9,13 +9,13 @@ from irprune.rules.infer import Op, Value
 from irprune.rules.registry import rule
 
 UNARY = """
-abs absolute acos acosh alpha_dropout asin asinh atan atanh bernoulli bitwise_not ceil celu clone contiguous cos cosh
-deg2rad detach digamma dropout elu erf erfc erfinv exp exp2 expm1 feature_dropout fix floor frac gelu hardshrink
+abs absolute acos acosh asin asinh atan atanh bitwise_not ceil celu clone contiguous cos cosh
+deg2rad detach digamma elu erf erfc erfinv exp exp2 expm1 fix floor frac gelu hardshrink
 hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lgamma lift lift_fresh lift_fresh_copy log log10 log1p log2
 log_sigmoid logical_not logit mish nan_to_num neg negative positive rad2deg reciprocal relu relu6 round rrelu rsqrt selu sgn
 sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit special_ndtr sqrt square tan tanh threshold trunc
-alias _to_copy to type_as float double half int long bool zero fill exponential normal uniform
-native_dropout _assert_tensor_metadata requires_grad detach_copy alias_copy pin_memory special_erf special_log1p
+alias _to_copy to type_as zero fill
+_assert_tensor_metadata detach_copy alias_copy pin_memory special_erf special_log1p
 """
 
 NARY = """
@@ -32,6 +32,24 @@ def unary(op: Op, **_: Any) -> Any:
     """One tensor in, the same axes out."""
     operand = op.first()
     return [operand.axes] * len(op.results) if len(op.results) > 1 else operand.axes
+
+
+@rule("dropout", "alpha_dropout", "feature_dropout", "native_dropout")
+def dropout(op: Op, input: Value, train: bool | None) -> Any:
+    """Nothing, or random zeros."""
+    if train is not False:
+        return random(op)
+    return [input.axes] * len(op.results) if len(op.results) > 1 else input.axes
+
+
+@rule("bernoulli", "exponential", "normal", "uniform", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like")
+def random(op: Op, **_: Any) -> Any:
+    """Numbers drawn for a smaller axis are other numbers, so a removal could not be proved: the axes stay whole."""
+    for value in op.operands():
+        for term in value.axes:
+            op.freeze(term, "random", "random numbers are drawn along it")
+    axes = tuple(op.solid(size, "random", "random numbers are drawn along it") for size in op.shape)
+    return [axes] * len(op.results) if len(op.results) > 1 else axes
 
 
 @rule("type_as")

@@ -489,18 +489,18 @@ def permuted(op: Op, term: Term, order: Sequence[int]) -> Term:
 # -- factories -----------------------------------------------------------------------------------
 
 
-@rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor", "randint")
+@rule("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
 def uniform(op: Op) -> Axes:
     """All positions are alike: free axes."""
     return tuple(op.fresh(size) for size in op.shape)
 
 
-@resize("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
+@resize("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 def resize_factory(rw: Resize, size: list[Any], **_: Any) -> None:
     rw.set("size", rw.sizes(size))
 
 
-@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+@rule("zeros_like", "ones_like", "empty_like", "full_like")
 def like(op: Op, self: Value) -> Axes:
     return self.axes
 

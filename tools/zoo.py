@@ -81,9 +81,6 @@ def _load(zoo: Path) -> list[Any]:
     sys.path.insert(0, str(zoo))
     import onnxruntime
     import transformers
-
-    import irprune.api
-    import irprune.backend.runtime
     import zoo as module  # type: ignore[import-not-found]
 
     del onnxruntime, transformers
@@ -116,8 +113,12 @@ def _run(jobs: list[tuple[Any, str]], options: argparse.Namespace) -> list[dict[
             process.join()
             file = _file(options, entry, tool)
             if not file.is_file():
-                why = f"no result within {options.seconds} s" if seconds >= options.seconds else f"the process ended with {process.exitcode}"
-                _save(file, {"name": entry.name, "family": entry.family, "tool": tool, "verdict": "failed", "error": why, "seconds": seconds})
+                why = (
+                    f"no result within {options.seconds} s" if seconds >= options.seconds else f"the process ended with {process.exitcode}"
+                )
+                _save(
+                    file, {"name": entry.name, "family": entry.family, "tool": tool, "verdict": "failed", "error": why, "seconds": seconds}
+                )
             running.remove(item)
             done += 1
             record = json.loads(file.read_text())
@@ -360,7 +361,7 @@ def page(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> str:
         "renormalised original; exported to ONNX and compared in onnxruntime.",
         "",
         f"- {verdict(ours)}; {len(ours) - len(traced)} of {len(ours)} cannot be traced by `torch.export`.",
-        f"- ONNX: {len(exported)} agree with torch; {sum(r.get('onnx', '').startswith('unpruned') for r in traced)} do not export unpruned.",
+        f"- ONNX: {len(exported)} agree with torch; {sum('unpruned' in r.get('onnx', '') for r in traced)} do not export unpruned.",
     ]
     if shares:
         low = [record for record in traced if record.get("share", 1) < FLOOR]
@@ -369,10 +370,14 @@ def page(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> str:
     if peer:
         counted = collections.Counter(_peer_class(record) for record in peer)
         lines.append(
-            "- Torch-Pruning on the same entries by its documentation: " + ", ".join(f"{n} {what}" for what, n in counted.most_common()) + "."
+            "- Torch-Pruning on the same entries by its documentation: "
+            + ", ".join(f"{n} {what}" for what, n in counted.most_common())
+            + "."
         )
     beside = {record["name"]: record for record in peer}
-    head = ["entry", "verdict", "parameters", "prunable", "frozen or unknown, with parameters", "ONNX", "s"] + (["Torch-Pruning"] if peer else [])
+    head = ["entry", "verdict", "parameters", "prunable", "frozen or unknown, with parameters", "ONNX", "s"] + (
+        ["Torch-Pruning"] if peer else []
+    )
     lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for record in ours:
         before, after = record.get("params", (None, None))

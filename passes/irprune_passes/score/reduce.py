@@ -60,6 +60,7 @@ def structures(program: Program, groups: Iterable[Group]) -> tuple[Structure, ..
     counts once.
     """
     found = []
+    shared: dict[tuple[bytes, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
     for group in groups:
         for member in group.members:
             if program.is_parameter(member.tensor):
@@ -68,8 +69,9 @@ def structures(program: Program, groups: Iterable[Group]) -> tuple[Structure, ..
                 owned = [index_of[here] * length + here for index_of in member.maps for here in [np.flatnonzero(index_of >= 0)]]
                 indices, positions = np.divmod(np.unique(np.concatenate(owned)), length)
                 lengths = np.bincount(indices, minlength=group.size)
-                places = torch.from_numpy(positions).to(tensor.device), torch.from_numpy(lengths).to(tensor.device)
-                found.append(Structure(group.name, group.size, tensor.numel(), member, *places))
+                moved = torch.from_numpy(positions).to(tensor.device), torch.from_numpy(lengths).to(tensor.device)
+                moved = shared.setdefault((positions.tobytes() + lengths.tobytes(), tensor.device), moved)
+                found.append(Structure(group.name, group.size, tensor.numel(), member, *moved))
     return tuple(found)
 
 

@@ -93,22 +93,20 @@ class Taylor(Criterion):
 
     def score(self, study: Study) -> dict[str, Array]:
         names = [name for name, weight in study.weights.items() if weight.is_floating_point()]
-        first = [structure.lengths.new_zeros(structure.size, dtype=torch.float64) for structure in study.structures]
-        second = [torch.zeros_like(sums) for sums in first]
-        if not names:
-            return study.reduced([sums.cpu().numpy() for sums in first])
+        sums = [structure.lengths.new_zeros(structure.size, dtype=torch.float64) for structure in study.structures]
         per_weight = self.mode == "element" and (self.order == "mixed" or (self.order == 1 and self.combine == "total"))
-        reached = self._accumulate(study, names, first) if per_weight else self._stream(study, names, first, second)
-        if not reached:
+        measure = self._accumulate if per_weight else self._stream
+        if names and not measure(study, names, sums):
             raise DataError(
                 "the loss depends on no parameter that is to be scored",
                 where=study.task.target if study.task else None,
                 hint="compute `loss(outputs, batch)` from the outputs, without no_grad() or detach()",
             )
-        return study.reduced([sums.abs().cpu().numpy() for sums in first])
+        return study.reduced([one.cpu().numpy() for one in sums])
 
-    def _stream(self, study: Study, names: list[str], first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
-        """Moments per index of each structure: no memory to speak of."""
+    def _stream(self, study: Study, names: list[str], out: list[torch.Tensor]) -> bool:
+        """Moments per index of each structure: no memory to speak of. Whether any gradient came."""
+        moments = [[torch.zeros_like(one) for _ in self._powers] for one in out]
 
         def terms(weight: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
             term = weight * gradient
@@ -116,48 +114,54 @@ class Taylor(Criterion):
 
         def keep(name: str, gradient: torch.Tensor) -> None:
             for number, value in study.folded(name, terms, study.weights[name], gradient):
-                first[number] += value
-                second[number] += value.square() if self.mode == "vector" else value
+                for power, moment in zip(self._powers, moments[number], strict=True):
+                    moment += value.square() if self.mode == "vector" and power == 2 else value
 
         steps, reached = self._backward(study, names, keep)
-        for number in range(len(first)):
-            first[number] = self._salience(first[number], second[number], steps)
+        for number, found in enumerate(moments):
+            out[number] = self._salience(*found, steps=steps)
         return reached
 
     def _accumulate(self, study: Study, names: list[str], out: list[torch.Tensor]) -> bool:
-        """Moments per weight, for as many parameters at a time as the limit allows."""
+        """Moments per weight, for as many parameters at a time as the limit allows. Whether any gradient came."""
         reached = False
         for chunk in self._chunks(study, names):
-            moments = {name: [_zeros(study.weights[name]) for _ in range(self._moments)] for name in chunk}
+            moments = {name: [_zeros(study.weights[name]) for _ in self._powers] for name in chunk}
 
             def keep(name: str, gradient: torch.Tensor, moments: dict[str, list[torch.Tensor]] = moments) -> None:
-                for power, moment in enumerate(moments[name]):
-                    moment.add_(gradient) if power == 0 else moment.addcmul_(gradient, gradient)
+                for power, moment in zip(self._powers, moments[name], strict=True):
+                    moment.add_(gradient) if power == 1 else moment.addcmul_(gradient, gradient)
 
             steps, some = self._backward(study, chunk, keep)
             reached = reached or some
 
-            def salience(weight: torch.Tensor, *sums: torch.Tensor, steps: int = steps) -> torch.Tensor:
-                return self._salience(weight * sums[0], weight.square() * sums[-1], steps).abs()
+            def salience(weight: torch.Tensor, *found: torch.Tensor, steps: int = steps) -> torch.Tensor:
+                scaled = [moment * weight**power for power, moment in zip(self._powers, found, strict=True)]
+                return self._salience(*scaled, steps=steps)
 
             for name in chunk:
                 for number, value in study.folded(name, salience, study.weights[name], *moments.pop(name)):
                     out[number] = value
         return reached
 
-    def _salience(self, first: torch.Tensor, second: torch.Tensor, steps: int) -> torch.Tensor:
-        """The entry of the table, less the absolute value, from sums of terms and of their squares."""
-        second = second if self.fisher == "sum" else second / steps
-        return first / steps if self.order == 1 else second if self.order == 2 else first / steps - second / 2
-
     @property
-    def _moments(self) -> int:
-        return 2 if self.order == "mixed" else 1
+    def _powers(self) -> tuple[int, ...]:
+        """Of the terms whose sums the order needs."""
+        return (1, 2) if self.order == "mixed" else (self.order,)
+
+    def _salience(self, *moments: torch.Tensor, steps: int) -> torch.Tensor:
+        """The entry of the table, from the sums of the terms' powers."""
+        samples = 1 if self.fisher == "sum" else steps
+        if self.order == 1:
+            return (moments[0] / steps).abs()
+        if self.order == 2:
+            return moments[0] / samples
+        return (moments[0] / steps - moments[1] / (2 * samples)).abs()
 
     def _chunks(self, study: Study, names: list[str]) -> list[list[str]]:
         """Parameters whose accumulators fit in the limit together: the largest first, each where there is room."""
         limit = float("inf") if self.accumulator_mib is None else self.accumulator_mib * 2**20
-        sizes = {name: self._moments * study.weights[name].numel() * _wide(study.weights[name]).itemsize for name in names}
+        sizes = {name: len(self._powers) * study.weights[name].numel() * _wide(study.weights[name]).itemsize for name in names}
         chunks: list[list[str]] = []
         for name in sorted(names, key=sizes.__getitem__, reverse=True):
             room = next((chunk for chunk in chunks if sum(sizes[other] for other in chunk) + sizes[name] <= limit), None)

@@ -111,6 +111,7 @@ for _names, _domain in DOMAINS:
 
 WITH_ARGUMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "threshold": lambda h: aten.threshold(h, 0.1, 20.0),
+    "dropout_": lambda h: aten.dropout_(h.clone(), 0.5, False),
     "alpha_dropout": lambda h: aten.alpha_dropout(h, 0.5, False),
     "feature_dropout": lambda h: aten.feature_dropout(h, 0.5, False),
     "native_dropout": lambda h: aten.native_dropout(h, 0.5, False)[0],

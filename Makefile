@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/irprune run examples/digits.py --passes 'score{criterion=taylor},prune{ratio=0.5 steps=8},export,validate{seconds=2}'
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check

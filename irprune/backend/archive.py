@@ -84,7 +84,8 @@ def _lift(program: Program, graph: fx.Graph) -> list[InputSpec]:
             kind, prefix = (InputKind.PARAMETER, "p") if program.is_parameter(name) else (InputKind.BUFFER, "b")
             node = graph.placeholder(f"{prefix}_{name.replace('.', '_')}")
             node.target = node.name
-            node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+            # Without gradients: torch's decompositions fail on attention whose mask asks for one.
+            node.meta["val"] = mode.from_tensor(tensor.detach(), static_shapes=True)
             for old in graph.find_nodes(op="get_attr", target=name):
                 old.replace_all_uses_with(node)
                 graph.erase_node(old)

@@ -35,11 +35,9 @@ def unary(op: Op, **_: Any) -> Any:
 
 
 @rule("dropout", "alpha_dropout", "feature_dropout", "native_dropout")
-def dropout(op: Op, input: Value, train: bool | None) -> Any:
+def dropout(op: Op, train: bool | None) -> Any:
     """Nothing, or random zeros."""
-    if train is not False:
-        return random(op)
-    return [input.axes] * len(op.results) if len(op.results) > 1 else input.axes
+    return random(op) if train is not False else unary(op)
 
 
 @rule("bernoulli", "exponential", "normal", "uniform", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like")

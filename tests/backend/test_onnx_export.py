@@ -221,6 +221,26 @@ def test_opsets(tmp_path: Path, opset: int) -> None:
     assert parity(program, Session(file.path, program, threads=1)).max_abs_err < 1e-5
 
 
+class BiasedAttention(nn.Module):
+    """Attention whose mask is a weight, as with relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.randn(2, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        found = nn.functional.scaled_dot_product_attention(heads, heads, heads, self.mask.unsqueeze(0))
+        return found.transpose(1, 2).contiguous().reshape(x.shape)
+
+
+def test_attention_with_a_trained_mask(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = trace(BiasedAttention(), (torch.randn(3, 5, 8),))
+    found = parity(program, Session(export(program, tmp_path / "model.onnx").path, program, threads=1))
+    assert 0 < found.max_abs_err <= found.tolerance
+
+
 def test_float16(tmp_path: Path) -> None:
     program = trace(mlp(torch.float16), (torch.randn(3, 8, dtype=torch.float16),))
     found = parity(program, Session(export(program, tmp_path / "model.onnx").path, program, threads=1))

@@ -112,7 +112,7 @@ def _members(program: Program, found: dict[Var, _Found]) -> None:
             for var in dict.fromkeys(variables(term)):
                 if not isinstance(var.size, int):
                     continue
-                role = _role(types, var, uses, contracted, derived)
+                role = _role(types, var, (holder, axis), uses, contracted, derived)
                 members.append((var, Member(tensor, axis, role, tuple(index_maps(term, var)), order)))
     for var, member in sorted(members, key=lambda item: (item[1].order, item[1].tensor, item[1].axis)):
         found.setdefault(var, _Found()).members.append(member)
@@ -149,17 +149,25 @@ def uses_of(holder: fx.Node, derived: set[fx.Node]) -> list[tuple[fx.Node, fx.No
 def _role(
     types: Types,
     var: Var,
+    place: tuple[fx.Node, int],
     uses: list[tuple[fx.Node, fx.Node]],
     contracted: set[tuple[str, str, int]],
     derived: set[fx.Node],
 ) -> Role:
+    written = False
     for value, user in uses:
         axes = types.axes.get(value.name)
         if not isinstance(axes, tuple):
             continue
         carrying = [axis for axis, term in enumerate(axes) if var in set(variables(resolve(term)))]
-        if any((user.name, value.name, axis) in contracted for axis in carrying):
-            return "read"
+        summed = [axis for axis in carrying if (user.name, value.name, axis) in contracted]
+        if value is not place[0] or place[1] in summed:
+            if summed:
+                return "read"
+        elif summed:
+            written = True  # the other side of a matrix reads the same variable: this side writes it anew
+    if written:
+        return "write"
     for value, user in uses:
         others = [operand for operand in user.all_input_nodes if operand is not value and operand not in derived]
         if any(var in _vars(types.axes.get(operand.name)) for operand in others):

@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""Discovery against tracing, and against Torch-Pruning, in processor seconds.
+
+    python tools/bench_discover.py            both parts
+    python tools/bench_discover.py --shapes LLaMA-7B   the first part, one shape
+
+First, LLaMA shapes on the meta device, each in a fresh process: inference and discovery are to take
+under 3 % of the tracing time, and the process under 1 GiB. Then a 32-layer multi-head LLaMA of width
+256 with weights: inference, discovery and removal, against building Torch-Pruning's dependency graph
+and its pruning step (``pip install --no-deps torch-pruning``; skipped where it is not there), at least
+ten times faster, medians of interleaved rounds. Tracing and the proof are told, not counted. Exits 1
+where a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+SHARE, GIB, FASTER = 0.03, 1.0, 10.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=["LLaMA-7B", "LLaMA-70B"], help="shapes of the first part")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of the second part; 0 leaves it out")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(analysed(options.one)))
+        return 0
+    missed = 0
+    for shape in options.shapes:
+        answer = subprocess.run([sys.executable, __file__, "--one", shape], check=True, capture_output=True, text=True)
+        found = json.loads(answer.stdout.splitlines()[-1])
+        share = found["discover"] / found["trace"]
+        good = share < SHARE and found["gib"] < GIB
+        missed += not good
+        print(
+            f"{'ok' if good else 'MISSED'}  {shape}: trace {found['trace']:.1f} s, discovery {found['discover']:.2f} s = {share:.1%} "
+            f"(under {SHARE:.0%}), peak {found['gib']:.2f} GiB (under {GIB:g})",
+            flush=True,
+        )
+    if options.rounds:
+        missed += beside(options.layers, options.rounds)
+    return 1 if missed else 0
+
+
+def analysed(shape: str) -> dict[str, float]:
+    """Processor seconds and peak memory of one shape."""
+    from shapes import DYNAMIC, on_meta
+
+    from irprune.analysis.groups import discover
+    from irprune.frontend.export import trace
+    from irprune.rules.infer import typed
+
+    module, inputs = on_meta(shape)
+    clock = time.process_time
+    start = clock()
+    program = trace(module, (), inputs, DYNAMIC)
+    traced = clock()
+    discover(typed(program))
+    return {"trace": traced - start, "discover": clock() - traced, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def _model(layers: int) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": layers, "num_attention_heads": 8}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=1000, use_cache=False, **sizes)).eval()
+
+
+def beside(layers: int, rounds: int) -> int:
+    """Both tools on one model, a quarter of heads and neurons; returns 1 if the target is missed."""
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        import torch_pruning  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError as error:
+        print(f"skipped: Torch-Pruning cannot be imported ({error}); pip install --no-deps torch-pruning")
+        return 0
+    ids = torch.randint(0, 1000, (2, 16))
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(_irprune(layers, ids))
+        theirs.append(_torch_pruning(layers, ids))
+    mine, peer = (statistics.median(sum(parts[:2]) for parts in found) for found in (ours, theirs))
+    trace, proof = (statistics.median(parts[i] for parts in ours) for i in (2, 3))
+    good = peer / mine >= FASTER
+    print(
+        f"{'ok' if good else 'MISSED'}  LLaMA of {layers} layers, width 256: discovery and removal {mine:.2f} s, Torch-Pruning's build and "
+        f"prune {peer:.2f} s = {peer / mine:.1f} times (at least {FASTER:g}); beside it, tracing {trace:.1f} s and the proof {proof:.1f} s"
+    )
+    return 0 if good else 1
+
+
+def _irprune(layers: int, ids: Any) -> tuple[float, float, float, float]:
+    """Seconds of discovery, removal, tracing and the proof."""
+    import numpy as np
+
+    from irprune.analysis.groups import discover
+    from irprune.backend.proof import prove
+    from irprune.backend.rewrite import remove
+    from irprune.frontend.export import trace
+    from irprune.rules.infer import typed
+
+    clock = time.process_time
+    module = _model(layers)
+    times = [clock()]
+    program = trace(module, (), {"input_ids": ids}, {"input_ids": {0: "batch", 1: "sequence"}})
+    times.append(clock())
+    program = typed(program)
+    groups = discover(program)
+    times.append(clock())
+    keep = {group.var: np.arange(group.size) >= group.size // 4 for group in groups.prunable if group.kind in ("heads", "ffn")}
+    smaller = remove(program, keep)
+    times.append(clock())
+    prove(program, smaller, keep)
+    times.append(clock())
+    trace_s, discover_s, remove_s, prove_s = (b - a for a, b in itertools.pairwise(times))
+    return discover_s, remove_s, trace_s, prove_s
+
+
+def _torch_pruning(layers: int, ids: Any) -> tuple[float, float]:
+    """Seconds of building (with its pruner) and of the pruning step."""
+    import torch
+    import torch_pruning as tp
+
+    clock = time.process_time
+    module = _model(layers)
+    heads = {p: 8 for layer in module.model.layers for p in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)}
+    start = clock()
+    pruner = tp.pruner.BasePruner(
+        module,
+        ids,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=0.25,
+        ignored_layers=[module.lm_head],
+        num_heads=heads,
+        prune_num_heads=True,
+        head_pruning_ratio=0.25,
+        root_module_types=[torch.nn.Linear],
+    )
+    built = clock()
+    pruner.step()
+    return built - start, clock() - built
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -151,6 +151,8 @@ class Difference:
 
 def difference(value: torch.Tensor, reference: torch.Tensor) -> Difference:
     """The largest difference between two tensors of one shape; not-finite values must agree."""
+    if value.is_complex():
+        return difference(torch.view_as_real(value.resolve_conj()), torch.view_as_real(reference.resolve_conj()))
     if not value.is_floating_point():
         wrong = (value != reference).any() if value.numel() else torch.tensor(False)
         return Difference(float("inf") if bool(wrong) else 0.0, 1.0)
@@ -308,7 +310,7 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
     programs compute the same sums in another order.
     """
     args, kwargs = before.interface.example
-    flat = flat_inputs(before, args, kwargs)
+    flat = _varied(flat_inputs(before, args, kwargs), seed)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reference = _flat_tensors(Masked(before, keep).run(*flat, enable_io_processing=False))
@@ -316,6 +318,12 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
         result = _flat_tensors(fx.Interpreter(after.module).run(*flat, enable_io_processing=False))
     worst, scale, allowed = 0.0, 1.0, TOLERANCE[torch.float32]
     for number, (value, expected) in enumerate(zip(result, reference, strict=True)):
+        if expected.is_floating_point() and expected.numel() and bool(expected.isnan().all()):
+            raise ProofError(
+                f"output {number} of the original is NaN everywhere: there is nothing to compare",
+                where="validation",
+                hint="give example inputs on which the model gives numbers",
+            )
         gap = difference(value, expected)
         tolerance = tolerance_of(before, value.dtype)
         if gap.relative > tolerance:
@@ -328,6 +336,23 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
         if gap.max_abs >= worst:
             worst, scale, allowed = gap.max_abs, gap.scale, tolerance
     return {"max_abs_err": worst, "scale": scale, "tolerance": allowed * max(scale, 1e-6)}
+
+
+def _varied(flat: list[Any], seed: int) -> list[Any]:
+    """The inputs; one that is the same number everywhere gets noise, as wrong slices would look right on it."""
+    random = torch.Generator().manual_seed(seed)
+
+    def vary(value: Any) -> Any:
+        if (
+            not isinstance(value, torch.Tensor)
+            or not value.is_floating_point()
+            or value.numel() < 2
+            or bool((value != value.flatten()[0]).any())
+        ):
+            return value
+        return value + torch.randn(value.shape, generator=random).to(value)
+
+    return [vary(value) for value in flat]
 
 
 def tolerance_of(program: Program, dtype: torch.dtype) -> float:

@@ -314,6 +314,47 @@ def _edited(edit: Callable[[torch.fx.Graph], None]) -> tuple[Program, Program, d
     return program, typed(smaller), keep
 
 
+def test_a_dropped_input_is_caught() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.b(self.a(x).relu()) + y
+
+    program = toys.program(Two(), X, torch.ones(2, 3), dynamic={"x": {}, "y": {}})
+    keep = _keep(program)
+    smaller = remove(program, keep).clone()
+    graph = smaller.module.graph
+    output, dropped = graph.output_node(), next(node for node in graph.nodes if node.name == "y")
+    total = output.all_input_nodes[0]
+    output.replace_input_with(total, total.all_input_nodes[0])
+    graph.erase_node(total)
+    graph.erase_node(dropped)
+    with pytest.raises(ProofError, match="inputs changed"):
+        prove(program, typed(smaller), keep)
+
+
+def test_a_dropped_output_is_caught() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.a(x).relu()
+            return self.b(h), self.c(h)
+
+    program = toys.program(Two(), X, dynamic={"x": {}})
+    keep = _keep(program)
+    smaller = remove(program, keep).clone()
+    output = smaller.module.graph.output_node()
+    output.args = (output.args[0][:1],)  # type: ignore[index]
+    with pytest.raises(ProofError, match="number of outputs changed from 2 to 1"):
+        prove(program, typed(smaller), keep)
+
+
 def test_another_dtype_of_the_output_is_caught() -> None:
     def cast(graph: torch.fx.Graph) -> None:
         output = graph.output_node()
@@ -351,3 +392,78 @@ def test_the_error_names_the_operation_and_the_line_where_the_runs_part() -> Non
         _proof(program)
     assert "they part at %scaled_dot_product_attention = aten::scaled_dot_product_attention" in str(caught.value)
     assert "test_proof_teeth.py:" in str(caught.value)
+
+
+# -- what the comparison runs on ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [0.0, 1.0])
+@pytest.mark.parametrize("fault", [fault for fault, (toy, _, _) in TENSORS.items() if toy == "mlp"])
+def test_constant_example_inputs_hide_nothing(fault: str, number: float) -> None:
+    """On zeros the rows of the first weight could be in any order."""
+    _, name, change = TENSORS[fault]
+    program = toys.program(toys.Mlp(), torch.full((2, 4), number), dynamic={})
+    keep = _keep(program)
+    smaller = remove(program, keep)
+    prove(program, smaller, keep)
+    set_tensor(smaller.module, name, change(smaller.tensors[name].detach()))
+    broken = typed(smaller.clone())
+    with pytest.raises(ProofError):
+        prove(program, broken, keep)
+
+
+def test_outputs_without_numbers_prove_nothing() -> None:
+    class Logarithm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (-self.b(self.a(x)).square() - 1).log()
+
+    with pytest.raises(ProofError, match="NaN everywhere"):
+        _proof(toys.program(Logarithm(), X, dynamic={}))
+
+
+def test_infinite_outputs_are_compared() -> None:
+    class Masking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)).masked_fill(torch.tensor([True, False, False]), -torch.inf)
+
+    program = toys.program(Masking(), X, dynamic={})
+    _proof(program)
+    keep = _keep(program)
+    smaller = remove(program, keep)
+    set_tensor(smaller.module, "b.bias", smaller.tensors["b.bias"].detach().roll(1))
+    with pytest.raises(ProofError, match="differs from the masked original"):
+        prove(program, typed(smaller.clone()), keep)
+
+
+def test_complex_outputs_are_compared_with_a_tolerance() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.complex(self.b(self.a(x).relu()), x[:, :3])
+
+    _proof(toys.program(Spectrum(), X, dynamic={}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fault", ["rows of a weight change places", "a bias is off by one", "a frequency is of another pair"])
+def test_half_precision_hides_no_wrong_slice(fault: str, dtype: torch.dtype) -> None:
+    toy, name, change = TENSORS[fault]
+    build, x = TOYS[toy]
+    program = toys.program(build().to(dtype), x.to(dtype), dynamic={})
+    keep = _keep(program)
+    smaller = remove(program, keep)
+    prove(program, smaller, keep)
+    set_tensor(smaller.module, name, change(smaller.tensors[name].detach()))
+    with pytest.raises(ProofError):
+        prove(program, typed(smaller.clone()), keep)

@@ -70,29 +70,61 @@ def _call(target: Any, bound: dict[str, Any]) -> Any:
     return target(*positional, **keyword)
 
 
-class Masked(fx.Interpreter):
+class Run(fx.Interpreter):
+    """A program on its flat inputs.
+
+    Args:
+        program: The program.
+        wide: Compute in float32 what is in half precision: rounding would hide small faults.
+    """
+
+    def __init__(self, program: Program, wide: bool = False) -> None:
+        super().__init__(program.module)
+        self.wide = wide
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs).detach()
+        return value.to(widened(value.dtype)) if self.wide else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, *self.arguments(args, kwargs))
+
+    def arguments(self, args: Any, kwargs: Any) -> Any:
+        """A call's arguments, dtypes widened."""
+        return pytree.tree_map(widened, (args, kwargs)) if self.wide else (args, kwargs)
+
+
+def widened(value: Any) -> Any:
+    """float32 for a dtype of half precision; anything else is returned as it is."""
+    return torch.float32 if value in (torch.float16, torch.bfloat16) and isinstance(value, torch.dtype) else value
+
+
+def may_widen(program: Program, flat: list[Any]) -> bool:
+    """Whether a program has half precision, and no operation that wants it or reads its bytes."""
+    held = [*program.tensors.values(), *(value for value in flat if isinstance(value, torch.Tensor))]
+    fixed = (torch.ops.aten._grouped_mm.default, torch.ops.aten.view.dtype)
+    return any(tensor.dtype is not widened(tensor.dtype) for tensor in held) and not any(node.target in fixed for node in program.nodes)
+
+
+class Masked(Run):
     """The original program at full size under a plan: the reference that a removal must equal."""
 
-    def __init__(self, program: Program, keep: Mapping[Var, Mask]) -> None:
-        super().__init__(program.module)
+    def __init__(self, program: Program, keep: Mapping[Var, Mask], wide: bool = False) -> None:
+        super().__init__(program, wide)
         self._shrink = Shrink(program.typing, keep, hints(program))
         self._holders = program.holders
         self._events: dict[str, list[Event]] = {}
         for event in program.typing.events:
             if self._shrink.touched(program.typing.of(event.operand)[event.axis]):
                 self._events.setdefault(event.node, []).append(event)
-        self._zeroed: dict[str, torch.Tensor] = {}
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target not in self._zeroed:
-            tensor = super().get_attr(target, args, kwargs).detach()
-            node = self._holders[target]
-            if tensor.is_floating_point():
-                for dim, term in enumerate(self._shrink.types.of(node.name)):
-                    if self._shrink.touched(term):
-                        tensor = torch.where(self._along(tensor, dim, term), tensor, 0)
-            self._zeroed[target] = tensor
-        return self._zeroed[target]
+        tensor = super().get_attr(target, args, kwargs)
+        if tensor.is_floating_point():
+            for dim, term in enumerate(self._shrink.types.of(self._holders[target].name)):
+                if self._shrink.touched(term):
+                    tensor = torch.where(self._along(tensor, dim, term), tensor, 0)
+        return tensor
 
     def _along(self, tensor: torch.Tensor, dim: int, term: Any) -> torch.Tensor:
         shape = [1] * tensor.ndim
@@ -119,10 +151,11 @@ class Masked(fx.Interpreter):
             assert rule is not None
             if rule.renormalise is None:
                 raise ProofError(f"operation {op_name(n.target)} has no renormalised form to compare with", where=f"%{n.name}")
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            args, kwargs = self.arguments(*self.fetch_args_kwargs_from_env(n))
             bound = bind(n.target, args, kwargs)
             held = n.meta.get("val")
             dtype = held.dtype if isinstance(held, torch.Tensor) else None
+            dtype = widened(dtype) if self.wide else dtype
             keep = Keep(n, self._shrink, bound, dtype)
             return rule.renormalise(keep, **wanted(rule.renormalise, bound))
         finally:
@@ -311,11 +344,13 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
     """
     args, kwargs = before.interface.example
     flat = _varied(flat_inputs(before, args, kwargs), seed)
+    wide = may_widen(before, flat)
+    flat = [value.to(widened(value.dtype)) if wide and isinstance(value, torch.Tensor) else value for value in flat]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        reference = _flat_tensors(Masked(before, keep).run(*flat, enable_io_processing=False))
+        reference = _flat_tensors(Masked(before, keep, wide).run(*flat, enable_io_processing=False))
         torch.manual_seed(seed)
-        result = _flat_tensors(fx.Interpreter(after.module).run(*flat, enable_io_processing=False))
+        result = _flat_tensors(Run(after, wide).run(*flat, enable_io_processing=False))
     worst, scale, allowed = 0.0, 1.0, TOLERANCE[torch.float32]
     for number, (value, expected) in enumerate(zip(result, reference, strict=True)):
         if expected.is_floating_point() and expected.numel() and bool(expected.isnan().all()):
@@ -325,11 +360,11 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
                 hint="give example inputs on which the model gives numbers",
             )
         gap = difference(value, expected)
-        tolerance = tolerance_of(before, value.dtype)
+        tolerance = tolerance_of(before, value.dtype, wide)
         if gap.relative > tolerance:
             raise ProofError(
                 f"output {number} differs from the masked original by {gap.max_abs:.3g} (largest value {gap.scale:.3g}, "
-                f"allowed {tolerance * gap.scale:.3g}); {locate(before, after, keep, flat, seed)}",
+                f"allowed {tolerance * gap.scale:.3g}); {locate(before, after, keep, flat, seed, wide)}",
                 where="validation",
                 hint="the program is left as it was; an op rule is wrong: report this with the model",
             )
@@ -355,9 +390,9 @@ def _varied(flat: list[Any], seed: int) -> list[Any]:
     return [vary(value) for value in flat]
 
 
-def tolerance_of(program: Program, dtype: torch.dtype) -> float:
-    """The relative tolerance: that of the least precise floating point type in use."""
-    kinds = {dtype, *(t.dtype for t in program.tensors.values())}
+def tolerance_of(program: Program, dtype: torch.dtype, wide: bool = False) -> float:
+    """The relative tolerance: that of the least precise floating point type that is computed in."""
+    kinds = {dtype, *(widened(t.dtype) if wide else t.dtype for t in program.tensors.values())}
     return max((TOLERANCE[kind] for kind in kinds if kind in TOLERANCE), default=TOLERANCE[torch.float32])
 
 
@@ -366,12 +401,12 @@ def flat_inputs(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, An
     return list(pytree.tree_leaves((args, dict(kwargs))))
 
 
-def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list[Any], seed: int) -> str:
+def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list[Any], seed: int, wide: bool = False) -> str:
     """The first operation at which the two runs part, in words."""
     shrink = Shrink(before.typing, keep, hints(before))
     values: dict[str, Any] = {}
 
-    def record(kind: type[fx.Interpreter]) -> type[fx.Interpreter]:
+    def record(kind: type[Run]) -> type[Run]:
         class Recording(kind):  # type: ignore[misc, valid-type]
             def run_node(self, n: fx.Node) -> Any:
                 values[n.name] = out = super().run_node(n)
@@ -381,10 +416,10 @@ def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        record(Masked)(before, keep).run(*flat, enable_io_processing=False)  # type: ignore[arg-type, call-arg]
+        record(Masked)(before, keep, wide).run(*flat, enable_io_processing=False)  # type: ignore[call-arg, arg-type]
         full, values = values, {}
         torch.manual_seed(seed)
-        record(fx.Interpreter)(after.module).run(*flat, enable_io_processing=False)
+        record(Run)(after, wide).run(*flat, enable_io_processing=False)
     for node in after.nodes:
         axes = before.typing.axes.get(node.name)
         value, expected = values.get(node.name), full.get(node.name)
@@ -394,7 +429,7 @@ def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list
         if expected.shape != value.shape:
             return f"they part at %{node.name}: shapes {list(expected.shape)} and {list(value.shape)}"
         gap = difference(value, expected)
-        if gap.relative > tolerance_of(before, value.dtype):
+        if gap.relative > tolerance_of(before, value.dtype, wide):
             gone = ", ".join(sorted({str(var) for term in axes for var in shrink.counts if shrink.touched(term)}))
             place = location(node) or "generated"
             where = f"the tensor {node.target}" if node.op == "get_attr" else f"%{node.name} = {op_name(node.target)} ({place})"

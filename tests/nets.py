@@ -95,22 +95,22 @@ def text(groups: Groups) -> str:
     return " ".join(f"{group.kind}:{group.size}{'' if group.exact else '~'}" for group in groups.prunable)
 
 
-def masks(groups: Iterable[Group], seed: int) -> dict[Var, Mask]:
-    """A random keep mask for each group that leaves something and removes something."""
+def masks(groups: Iterable[Group], seed: int, least: int = 1) -> dict[Var, Mask]:
+    """A random keep mask for each group that leaves at least ``least`` indices and removes something."""
     rng = np.random.default_rng(seed)
     out = {}
     for group in groups:
-        count = int(rng.integers(1, group.size))
+        count = int(rng.integers(min(least, group.size - 1), group.size))
         mask = np.zeros(group.size, dtype=bool)
         mask[rng.choice(group.size, count, replace=False)] = True
         out[group.var] = mask
     return out
 
 
-def one_left(groups: Iterable[Group], seed: int) -> dict[Var, Mask]:
-    """Masks that leave one random index of each group."""
+def few_left(groups: Iterable[Group], seed: int, count: int = 1) -> dict[Var, Mask]:
+    """Masks that leave ``count`` random indices of each group."""
     rng = np.random.default_rng(seed)
-    return {group.var: np.arange(group.size) == rng.integers(group.size) for group in groups}
+    return {group.var: rng.permutation(group.size) < count for group in groups}
 
 
 def check(program: Program, keep: Mapping[Var, Mask], *, stepwise: bool = True) -> Program:
@@ -128,11 +128,11 @@ def check(program: Program, keep: Mapping[Var, Mask], *, stepwise: bool = True) 
     return after
 
 
-def check_all(program: Program, groups: Groups, *, stepwise: bool = True) -> None:
-    """Every prunable group alone where they are few, all together, and all together down to one index."""
+def check_all(program: Program, groups: Groups, *, stepwise: bool = True, least: int = 1) -> None:
+    """Every prunable group alone where they are few, all together, and all together down to ``least`` indices."""
     few = groups.prunable if 1 < len(groups.prunable) < 5 else ()
-    plans = [masks([group], seed) for seed, group in enumerate(few)]
-    plans += [masks(groups.prunable, 100), one_left(groups.prunable, 101)]
+    plans = [masks([group], seed, least) for seed, group in enumerate(few)]
+    plans += [masks(groups.prunable, 100, least), few_left(groups.prunable, 101, least)]
     for keep in plans:
         check(program, keep, stepwise=stepwise)
 
@@ -173,4 +173,4 @@ def _leaves(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-__all__ = ["Net", "check", "check_all", "check_zeroing", "discover", "masks", "net", "one_left", "tensor", "text"]
+__all__ = ["Net", "check", "check_all", "check_zeroing", "discover", "few_left", "masks", "net", "tensor", "text"]

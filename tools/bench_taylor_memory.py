@@ -44,6 +44,7 @@ from irprune.rules.infer import typed
 
 MEMORY_FACTOR, TIME_FACTOR = 1.5, 1.3
 VOCABULARY, LENGTH, BATCHES = 8192, 64, 2
+MEMORY_TOKENS = 2 * LENGTH  # few, so that the gradients stand out from the activations that they replace
 SCORES: dict[str, dict[str, Any]] = {
     "element": {},
     "vector": {"mode": "vector"},
@@ -86,9 +87,9 @@ def loss(outputs: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(outputs[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
 
 
-def subject(options: argparse.Namespace) -> tuple[Program, Groups, Task, list[torch.Tensor]]:
+def subject(options: argparse.Namespace, tokens: int) -> tuple[Program, Groups, Task, list[torch.Tensor]]:
     torch.manual_seed(0)
-    size = options.tokens // LENGTH
+    size = tokens // LENGTH
     data = [torch.randint(VOCABULARY, (size, LENGTH)) for _ in range(BATCHES)]
     program = typed(trace(Transformer(options.layers, options.width), (data[0],)))
     return program, discover(program), Task("bench", lambda: data, lambda batch: ((batch,), {}), loss), data
@@ -123,7 +124,7 @@ def resident(key: str) -> int:
 
 def measure(options: argparse.Namespace) -> int:
     """Bytes at the peak above those before."""
-    program, groups, task, data = subject(options)
+    program, groups, task, data = subject(options, MEMORY_TOKENS)
     run = ways(program, groups, task, data)[options.measure]
     ways(program, groups, task, [batch[:2, :8] for batch in data])["activations"]()
     gc.collect()
@@ -137,7 +138,7 @@ def measure(options: argparse.Namespace) -> int:
 def seconds(options: argparse.Namespace) -> dict[str, list[float]]:
     """Processor seconds on one thread, which other processes disturb little; the ways take turns."""
     torch.set_num_threads(1)
-    program, groups, task, data = subject(options)
+    program, groups, task, data = subject(options, options.tokens)
     pair = {name: run for name, run in ways(program, groups, task, data).items() if name in ("plain", *SCORES)}
     taken: dict[str, list[float]] = {name: [] for name in ("plain", "element", "vector")}
     for one in range(options.rounds + 1):
@@ -172,7 +173,8 @@ def main() -> int:
     mib = 2**20
     sizes = [parameter.numel() * parameter.itemsize for parameter in Transformer(options.layers, options.width).parameters()]
     print(
-        f"weights {sum(sizes) / mib:.0f} MiB, largest gradient {max(sizes) / mib:.1f} MiB, {BATCHES} batches of {options.tokens} tokens\n"
+        f"weights {sum(sizes) / mib:.0f} MiB, largest gradient {max(sizes) / mib:.1f} MiB, {BATCHES} batches of "
+        f"{MEMORY_TOKENS} tokens for memory, {options.tokens} for time\n"
     )
     found = {way: child(options, way) for way in ("activations", "one sample's", "plain", *SCORES)}
     ok = True

@@ -36,6 +36,7 @@ class Case:
             activation that is not zero at zero is contracted with another activation.
         dynamic: Dynamic axes, where they are not the default.
         stepwise: Whether every operation's values are determined.
+        least: The fewest indices of an axis on which it gives numbers: a variance with a correction of 1 needs two.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     zeroing: bool = True
     dynamic: Mapping[str, Mapping[int, str]] | None = None
     stepwise: bool = True
+    least: int = 1
 
     @property
     def ops(self) -> frozenset[str]:
@@ -645,10 +647,8 @@ for _name, _reduce in SUMS.items():
     case(_name, "other:8 ffn:6", ROWS, gate(_reduce), zeroing=False)
 MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda h: h.mean(-1, keepdim=True),
-    "var": lambda h: h.var(-1, keepdim=True),
     "var/biased": lambda h: h.var(-1, unbiased=False)[:, None],
     "var/correction": lambda h: h.var(-1, correction=0.5, keepdim=True),
-    "std": lambda h: h.std(-1, keepdim=True),
     "std/everything": lambda h: h.std(),
     "prod": lambda h: h.prod(-1, keepdim=True),
     "logsumexp": lambda h: h.logsumexp(-1, keepdim=True),
@@ -663,6 +663,8 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 for _name, _reduce in MIXED.items():
     case(_name if _name != "mean/of integers" else "amax/of integers", "other:8~ ffn:6", ROWS, gate(_reduce))
+case("var", "other:8~ ffn:6", ROWS, gate(lambda h: h.var(-1, keepdim=True)), least=2)
+case("std", "other:8~ ffn:6", ROWS, gate(lambda h: h.std(-1, keepdim=True)), least=2)
 WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
     "nanmean": lambda h: h.nanmean(-1, keepdim=True),
     "max/with places": lambda h: h.max(-1, keepdim=True).values,

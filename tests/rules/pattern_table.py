@@ -565,7 +565,7 @@ def running_sum_over_positions(n: Net, x: Tensor) -> Tensor:
     return n.linear(n.linear(x, 8).cumsum(1) / torch.arange(1, 6)[:, None], 3)
 
 
-@pattern("ffn:8~", ROWS)
+@pattern("ffn:8~", ROWS, least=2)
 def centred_and_scaled_by_hand(n: Net, x: Tensor) -> Tensor:
     h = n.linear(x, 8)
     return n.linear((h - h.mean(-1, keepdim=True)) / (h.var(-1, keepdim=True) + 1e-5).sqrt(), 3)

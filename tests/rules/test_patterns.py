@@ -16,6 +16,6 @@ def test_the_pattern_is_pruned_and_proven(case: Case) -> None:
     assert program.typing.diagnostics == []
     groups = discover(program)
     assert text(groups) == case.groups
-    check_all(program, groups)
+    check_all(program, groups, least=case.least)
     if case.zeroing:
         check_zeroing(program, groups)

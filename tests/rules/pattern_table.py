@@ -207,7 +207,7 @@ def one_key_for_all_queries(n: Net, x: Tensor) -> Tensor:
     return n.linear(sdpa(q, k, v), 3)
 
 
-@pattern("head_dim:4 heads:2", SEQUENCE)
+@pattern("head_dim:4 heads:2 query_heads:2", SEQUENCE)
 def grouped_queries_fused_within_groups(n: Net, x: Tensor) -> Tensor:
     fused = n.linear(x, 32).view(-1, 5, 2, 4, 4)
     q = fused[:, :, :, :-2].flatten(2, 3).transpose(1, 2)

@@ -73,6 +73,10 @@ class Types:
             be computed once and sliced like a buffer.
         picks: Operation name to ``(axis, positions)`` where the result's axis is made of chosen positions
             of the first operand's.
+        unlocked: Axes of tables that the user allowed to be cut although they are looked up, by kind
+            (``vocabulary``, ``positions``).
+        lookups: The look-ups whose table is unlocked: operation name to kind.
+        ids: Name of the input whose numbers index the vocabulary, where that is unlocked.
     """
 
     dims: Dims = field(default_factory=Dims)
@@ -83,6 +87,9 @@ class Types:
     macs: dict[str, tuple[Term, ...]] = field(default_factory=dict)
     notes: dict[tuple[str, str], Term] = field(default_factory=dict)
     picks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    unlocked: dict[str, list[Term]] = field(default_factory=dict)
+    lookups: dict[str, str] = field(default_factory=dict)
+    ids: str | None = None
 
     def of(self, name: str) -> Axes:
         axes = self.axes[name]

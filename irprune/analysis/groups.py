@@ -6,6 +6,7 @@ import fnmatch
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -118,13 +119,27 @@ def _members(program: Program, found: dict[Var, _Found]) -> None:
         found.setdefault(var, _Found()).members.append(member)
 
 
+LOOKUPS = frozenset({"aten::index", "aten::index_select", "aten::embedding", "aten::gather"})
+
+
 def derived_values(program: Program) -> set[fx.Node]:
-    """Values that depend on parameters, constants or sizes only (a transposed weight, an initial state)."""
+    """Values that are made of weights: a transposed weight, an initial state, the matrices of chosen experts.
+
+    They depend on parameters, constants or sizes only, or on which whole matrices of a stack of them an input chooses
+    (chosen vectors, as the rows of an embedding, are activations).
+    """
     out: set[fx.Node] = set()
     for node in program.nodes:
         if node.op == "get_attr" or (node.op == "call_function" and all(o in out or _is_size(o) for o in node.all_input_nodes)):
             out.add(node)
+        elif node.op == "call_function" and op_name(node.target) in LOOKUPS and node.args[0] in out and _rank(node.args[0]) > 2:
+            out.add(node)
     return out
+
+
+def _rank(node: Any) -> int:
+    held = node.meta.get("val")
+    return held.ndim if isinstance(held, torch.Tensor) else 0
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx
 
 from irprune.analysis.cost import Cost
-from irprune.ir.dims import Freeze, Var, index_maps, resolve, variables
+from irprune.ir.dims import Freeze, Term, Var, index_maps, resolve, variables
 from irprune.ir.facts import Group, Groups, Member, Role
 from irprune.ir.program import Axes, Program, Types
 from irprune.rules.registry import op_name
@@ -42,8 +44,9 @@ def discover(program: Program, freeze: Sequence[str] = ()) -> Groups:
     """
     types = program.typing
     found: dict[Var, _Found] = {}
-    _members(program, found)
-    _walk(program, found)
+    derived = derived_values(program)
+    _members(program, found, derived)
+    _walk(program, found, derived)
     cost = Cost(program)
     user = {
         var: Freeze("user", f"{tensor} is named to stay whole")
@@ -95,10 +98,10 @@ def _key(program: Program, var: Var, first: Member) -> str:
 # -- members ---------------------------------------------------------------------------------------
 
 
-def _members(program: Program, found: dict[Var, _Found]) -> None:
+def _members(program: Program, found: dict[Var, _Found], derived: set[fx.Node]) -> None:
     """Parameter and buffer axes by variable, with their roles, in order of first use."""
     types = program.typing
-    derived = derived_values(program)
+    maps: dict[tuple[Term, Var], tuple[npt.NDArray[np.int64], ...]] = {}
     contracted = {(event.node, event.operand, event.axis) for event in types.events if event.how == "contract"}
     positions = {node: i for i, node in enumerate(program.nodes)}
     members: list[tuple[Var, Member]] = []
@@ -114,7 +117,9 @@ def _members(program: Program, found: dict[Var, _Found]) -> None:
                 if not isinstance(var.size, int):
                     continue
                 role = _role(types, var, (holder, axis), uses, contracted, derived)
-                members.append((var, Member(tensor, axis, role, tuple(index_maps(term, var)), order)))
+                if (term, var) not in maps:
+                    maps[term, var] = tuple(index_maps(term, var))
+                members.append((var, Member(tensor, axis, role, maps[term, var], order)))
     for var, member in sorted(members, key=lambda item: (item[1].order, item[1].tensor, item[1].axis)):
         found.setdefault(var, _Found()).members.append(member)
 
@@ -130,9 +135,12 @@ def derived_values(program: Program) -> set[fx.Node]:
     """
     out: set[fx.Node] = set()
     for node in program.nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and all(o in out or _is_size(o) for o in node.all_input_nodes)):
-            out.add(node)
-        elif node.op == "call_function" and op_name(node.target) in LOOKUPS and node.args[0] in out and _rank(node.args[0]) > 2:
+        if node.op == "call_function":
+            made = all(o in out or _is_size(o) for o in node.all_input_nodes)
+            made = made or (op_name(node.target) in LOOKUPS and node.args[0] in out and _rank(node.args[0]) > 2)
+        else:
+            made = node.op == "get_attr"
+        if made:
             out.add(node)
     return out
 
@@ -199,7 +207,7 @@ def _vars(axes: Axes | list[Axes | None] | None) -> set[Var]:
 # -- traits ----------------------------------------------------------------------------------------
 
 
-def _walk(program: Program, found: dict[Var, _Found]) -> None:
+def _walk(program: Program, found: dict[Var, _Found], derived: set[fx.Node]) -> None:
     """Carriers, mixers and the traits that decide the kind of each variable."""
     types = program.typing
     held: dict[fx.Node, set[Var]] = {}
@@ -220,7 +228,6 @@ def _walk(program: Program, found: dict[Var, _Found]) -> None:
         for var in mixed:
             if var in found:
                 found[var].mixers.append(event.node)
-    derived = derived_values(program)
     for (name, key), term in types.notes.items():
         for var in set(variables(resolve(term))):
             if var not in found:

@@ -104,6 +104,8 @@ def atom_size(atom: Atom) -> Size:
 
 
 def term_size(term: Term) -> Size:
+    if len(term) == 1:
+        return atom_size(term[0])
     total: Size = 1
     for atom in term:
         total = total * atom_size(atom)
@@ -112,7 +114,7 @@ def term_size(term: Term) -> Size:
 
 def resolve(term: Term) -> Term:
     """The term with every bound variable replaced, products and concatenations flattened."""
-    if not term:
+    if not term or (len(term) == 1 and isinstance(term[0], Var) and term[0].bound is None):
         return term
     out: list[Atom] = []
     changed = False
@@ -456,13 +458,13 @@ def kept_size(term: Term, counts: Mapping[Var, int]) -> Size:
     """The size of an axis when each variable in ``counts`` keeps that many indices."""
     total: Size = 1
     for atom in resolve(term):
+        size: Size = 0
         if isinstance(atom, Var):
-            total = total * counts.get(atom, atom.size)
+            size = counts.get(atom, atom.size)
         else:
-            inner: Size = 0
             for block in atom.blocks:
-                inner = inner + kept_size(block, counts)
-            total = total * inner
+                size = size + kept_size(block, counts)
+        total = total * size
     return total
 
 

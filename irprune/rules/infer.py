@@ -138,6 +138,8 @@ class Op:
                 if not found:
                     found = axes[position]
                     continue
+                if found is axes[position]:
+                    continue
                 one, other = (term_size(resolve(term)) == 1 for term in (found, axes[position]))
                 if one == other:
                     self.unify(found, axes[position])
@@ -160,11 +162,16 @@ def results_of(node: fx.Node) -> list[Any]:
 
 def typed(program: Program) -> Program:
     """The program with types: a dimension term for every axis of every tensor value."""
+    return dataclasses.replace(program, types=inferred(program))
+
+
+def inferred(program: Program) -> Types:
+    """A dimension term for every axis of every tensor value of a program."""
     types = Types()
     types.constants = constants(program.module.graph)
     for node in program.nodes:
         _visit(node, program, types)
-    return dataclasses.replace(program, types=types)
+    return types
 
 
 def _visit(node: fx.Node, program: Program, types: Types) -> None:
@@ -250,7 +257,8 @@ def _checked(op: Op, axes: Axes | None, result: Any) -> Axes | None:
         axes = tuple(op.solid(size, "rule-mismatch", "a rule gave the wrong number of axes") for size in wanted)
     out = []
     for term, size in zip(axes, wanted, strict=True):
-        if term_size(resolve(term)) == size:
+        known = term_size(resolve(term))
+        if known is size or known == size:
             out.append(term)
             continue
         op.freeze(term, "symbolic", "its size cannot be compared")

@@ -6,12 +6,15 @@ import fnmatch
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx
 
 from irprune.analysis.cost import Cost
-from irprune.ir.dims import Freeze, Var, index_maps, resolve, variables
+from irprune.ir.dims import Freeze, Term, Var, index_maps, resolve, variables
 from irprune.ir.facts import Group, Groups, Member, Role
 from irprune.ir.program import Axes, Program, Types
 from irprune.rules.registry import op_name
@@ -41,8 +44,9 @@ def discover(program: Program, freeze: Sequence[str] = ()) -> Groups:
     """
     types = program.typing
     found: dict[Var, _Found] = {}
-    _members(program, found)
-    _walk(program, found)
+    derived = derived_values(program)
+    _members(program, found, derived)
+    _walk(program, found, derived)
     cost = Cost(program)
     user = {
         var: Freeze("user", f"{tensor} is named to stay whole")
@@ -94,10 +98,10 @@ def _key(program: Program, var: Var, first: Member) -> str:
 # -- members ---------------------------------------------------------------------------------------
 
 
-def _members(program: Program, found: dict[Var, _Found]) -> None:
+def _members(program: Program, found: dict[Var, _Found], derived: set[fx.Node]) -> None:
     """Parameter and buffer axes by variable, with their roles, in order of first use."""
     types = program.typing
-    derived = derived_values(program)
+    maps: dict[tuple[Term, Var], tuple[npt.NDArray[np.int64], ...]] = {}
     contracted = {(event.node, event.operand, event.axis) for event in types.events if event.how == "contract"}
     positions = {node: i for i, node in enumerate(program.nodes)}
     members: list[tuple[Var, Member]] = []
@@ -113,18 +117,37 @@ def _members(program: Program, found: dict[Var, _Found]) -> None:
                 if not isinstance(var.size, int):
                     continue
                 role = _role(types, var, (holder, axis), uses, contracted, derived)
-                members.append((var, Member(tensor, axis, role, tuple(index_maps(term, var)), order)))
+                if (term, var) not in maps:
+                    maps[term, var] = tuple(index_maps(term, var))
+                members.append((var, Member(tensor, axis, role, maps[term, var], order)))
     for var, member in sorted(members, key=lambda item: (item[1].order, item[1].tensor, item[1].axis)):
         found.setdefault(var, _Found()).members.append(member)
 
 
+LOOKUPS = frozenset({"aten::index", "aten::index_select", "aten::embedding", "aten::gather"})
+
+
 def derived_values(program: Program) -> set[fx.Node]:
-    """Values that depend on parameters, constants or sizes only (a transposed weight, an initial state)."""
+    """Values that are made of weights: a transposed weight, an initial state, the matrices of chosen experts.
+
+    They depend on parameters, constants or sizes only, or on which whole matrices of a stack of them an input chooses
+    (chosen vectors, as the rows of an embedding, are activations).
+    """
     out: set[fx.Node] = set()
     for node in program.nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and all(o in out or _is_size(o) for o in node.all_input_nodes)):
+        if node.op == "call_function":
+            made = all(o in out or _is_size(o) for o in node.all_input_nodes)
+            made = made or (op_name(node.target) in LOOKUPS and node.args[0] in out and _rank(node.args[0]) > 2)
+        else:
+            made = node.op == "get_attr"
+        if made:
             out.add(node)
     return out
+
+
+def _rank(node: Any) -> int:
+    held = node.meta.get("val")
+    return held.ndim if isinstance(held, torch.Tensor) else 0
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -184,7 +207,7 @@ def _vars(axes: Axes | list[Axes | None] | None) -> set[Var]:
 # -- traits ----------------------------------------------------------------------------------------
 
 
-def _walk(program: Program, found: dict[Var, _Found]) -> None:
+def _walk(program: Program, found: dict[Var, _Found], derived: set[fx.Node]) -> None:
     """Carriers, mixers and the traits that decide the kind of each variable."""
     types = program.typing
     held: dict[fx.Node, set[Var]] = {}
@@ -208,7 +231,6 @@ def _walk(program: Program, found: dict[Var, _Found]) -> None:
     for kind, rows in types.unlocked.items():
         for var in {var for term in rows for var in variables(resolve(term))} & found.keys():
             found[var].traits.add(kind)
-    derived = derived_values(program)
     for (name, key), term in types.notes.items():
         for var in set(variables(resolve(term))):
             if var not in found:

@@ -99,6 +99,20 @@ def widened(value: Any) -> Any:
     return torch.float32 if value in (torch.float16, torch.bfloat16) and isinstance(value, torch.dtype) else value
 
 
+class Double(Run):
+    """A program computed in float64: next to this, its own results show how much rounding they hold."""
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value.double() if value.is_floating_point() else value
+
+    def arguments(self, args: Any, kwargs: Any) -> Any:
+        def double(value: Any) -> Any:
+            return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+        return pytree.tree_map(double, (args, kwargs))
+
+
 def may_widen(program: Program, flat: list[Any]) -> bool:
     """Whether a program has half precision, and no operation that wants it or reads its bytes."""
     held = [*program.tensors.values(), *(value for value in flat if isinstance(value, torch.Tensor))]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import operator
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from irprune.ir.dims import Mask, Size, Term, Var, as_size, kept_size, mask_of, resolve, term_size, variables
-from irprune.ir.program import Axes, Program, Types, set_tensor
-from irprune.rules.infer import UNIFORM, typed
+from irprune.ir.program import Axes, Program, Types
+from irprune.rules.infer import UNIFORM, inferred
 from irprune.rules.registry import bind, op_name, registry
 
 
@@ -35,9 +37,14 @@ class Shrink:
         self._known = known or {}
         self.keep = {var: mask for var, mask in keep.items() if not mask.all()}
         self.counts = {var: int(mask.sum()) for var, mask in self.keep.items()}
+        self._touched: dict[Term, bool] = {}
+        self._shares: dict[Term, tuple[int, int]] = {}
 
     def touched(self, term: Term) -> bool:
-        return any(var in self.keep for var in variables(resolve(term)))
+        found = self._touched.get(term)
+        if found is None:
+            found = self._touched[term] = any(var in self.keep for var in variables(resolve(term)))
+        return found
 
     def any(self, axes: Axes | list[Axes | None] | None) -> bool:
         if isinstance(axes, list):
@@ -62,8 +69,16 @@ class Shrink:
 
     def share(self, term: Term) -> tuple[int, int]:
         """What is kept of an axis as a fraction: ``(kept, whole)`` in lowest terms, without its dynamic factors."""
-        share = sympy.cancel(sympy.sympify(self.size(term)) / term_size(resolve(term)))
-        return int(share.p), int(share.q)
+        found = self._shares.get(term)
+        if found is None:
+            kept, whole = self.size(term), term_size(resolve(term))
+            if isinstance(kept, int) and isinstance(whole, int):
+                found = Fraction(kept, whole).as_integer_ratio()
+            else:
+                share = sympy.cancel(sympy.sympify(kept) / whole)
+                found = int(share.p), int(share.q)
+            self._shares[term] = found
+        return found
 
     def slice(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
         """The kept part of a tensor; the tensor itself where nothing is removed."""
@@ -204,7 +219,7 @@ class Resize:
 
 
 def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
-    """The program without the removed indices, typed.
+    """The program without the removed indices. Its types are inferred when somebody asks for them.
 
     Args:
         program: A typed program. It is not changed; untouched tensors are shared.
@@ -232,25 +247,33 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
             rw = Resize(node, old_nodes[node.name], shrink)
             entry.resize(rw, **bind(node.target, node.args, dict(node.kwargs)))
             indices += rw.constants
-    new = program.with_graph(graph)
+    tensors = _slice_constants(program, graph, shrink)
     for number, (node, index) in enumerate(indices):
-        name = _free_name(new.module, f"_index_{number}")
-        new.module.register_buffer(name, index.to(_device(node)))
-        with new.module.graph.inserting_before(node):
-            node.update_arg(2, new.module.graph.get_attr(name))
-    _slice_constants(program, new, shrink)
+        name = _free_name(program.module, f"_index_{number}")
+        tensors[name] = index.to(_device(node))
+        with graph.inserting_before(node):
+            node.update_arg(2, graph.create_node("get_attr", name))
     for name, node in program.holders.items():
-        sliced = shrink.slice(program.tensors[name].detach(), types.of(node.name))
-        if sliced.shape != program.tensors[name].shape:
-            set_tensor(new.module, name, sliced.contiguous())
-    new.module.graph.eliminate_dead_code()
-    new.module.recompile()
+        old_tensor = program.tensors[name]
+        sliced = shrink.slice(old_tensor.detach(), types.of(node.name))
+        if sliced.shape == old_tensor.shape:
+            tensors[name] = old_tensor
+        elif isinstance(old_tensor, torch.nn.Parameter):
+            tensors[name] = torch.nn.Parameter(sliced.contiguous(), requires_grad=old_tensor.requires_grad)
+        else:
+            tensors[name] = sliced.contiguous()
+    graph.eliminate_dead_code()
+    # Code is generated once, when the graph is as it will be.
+    module = fx.GraphModule(tensors, graph)
+    module.training = program.module.training
+    new = dataclasses.replace(program, module=module, types=None, infer=inferred)
     _describe(program, new, shrink)
-    return typed(new)
+    return new
 
 
-def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
-    """Compute constants that are or read a shrunk value, once, and keep the wanted part as a buffer."""
+def _slice_constants(program: Program, graph: fx.Graph, shrink: Shrink) -> dict[str, torch.Tensor]:
+    """Compute constants that are or read a shrunk value, once, and put buffers with the wanted part in their place."""
+    found: dict[str, torch.Tensor] = {}
     types = program.typing
     wanted = []
     for node in program.nodes:
@@ -259,7 +282,7 @@ def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
         if any(shrink.any(types.axes.get(value.name)) for value in (node, *node.all_input_nodes)):
             wanted.append(node)
     if not wanted:
-        return
+        return found
     values: dict[fx.Node, Any] = {}
 
     def value(node: fx.Node) -> Any:
@@ -268,19 +291,20 @@ def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values[node]
 
-    by_name = {node.name: node for node in new.module.graph.nodes}
+    by_name = {node.name: node for node in graph.nodes}
     for number, node in enumerate(wanted):
         result = value(node)
         axes = types.axes[node.name]
         if isinstance(axes, list) or not isinstance(result, torch.Tensor):
             continue
-        name = _free_name(new.module, f"_constant_{number}")
-        new.module.register_buffer(name, shrink.slice(result, axes).contiguous())
+        name = _free_name(program.module, f"_constant_{number}")
+        found[name] = shrink.slice(result, axes).contiguous()
         old = by_name[node.name]
-        with new.module.graph.inserting_before(old):
-            holder = new.module.graph.get_attr(name)
+        with graph.inserting_before(old):
+            holder = graph.create_node("get_attr", name)
         holder.meta = dict(old.meta)
         old.replace_all_uses_with(holder)
+    return found
 
 
 def _device(node: fx.Node) -> torch.device:

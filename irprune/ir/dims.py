@@ -124,6 +124,8 @@ def atom_size(atom: Atom) -> Size:
 
 
 def term_size(term: Term) -> Size:
+    if len(term) == 1:
+        return atom_size(term[0])
     total: Size = 1
     for atom in term:
         total = total * atom_size(atom)
@@ -132,7 +134,7 @@ def term_size(term: Term) -> Size:
 
 def resolve(term: Term) -> Term:
     """The term with every bound variable replaced, products and concatenations flattened."""
-    if not term:
+    if not term or (len(term) == 1 and isinstance(term[0], Var) and term[0].bound is None):
         return term
     out: list[Atom] = []
     changed = False
@@ -595,15 +597,15 @@ def kept_size(term: Term, counts: Mapping[Var, int]) -> Size:
     """The size of an axis when each variable in ``counts`` keeps that many indices."""
     total: Size = 1
     for atom in resolve(term):
+        size: Size = 0
         if isinstance(atom, Var):
-            total = total * counts.get(atom, atom.size)
+            size = counts.get(atom, atom.size)
         elif isinstance(atom, Indexed):
-            total = total * _share(atom, counts)
+            size = _share(atom, counts)
         else:
-            inner: Size = 0
             for block in atom.blocks:
-                inner = inner + kept_size(block, counts)
-            total = total * inner
+                size = size + kept_size(block, counts)
+        total = total * size
     return int(total) if isinstance(total, Fraction) and total.denominator == 1 else total
 
 

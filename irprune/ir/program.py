@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,6 +127,7 @@ class Program:
         types: What inference found; ``None`` until :func:`irprune.rules.infer.typed`.
         aliases: Tied names: another fully qualified name of a parameter to the one in use.
         provenance: The passes applied so far.
+        infer: Finds the types when somebody first asks for :attr:`typing`, where they are not there yet.
     """
 
     module: fx.GraphModule
@@ -134,6 +135,7 @@ class Program:
     types: Types | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     provenance: tuple[Applied, ...] = ()
+    infer: Callable[[Program], Types] | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -147,11 +149,13 @@ class Program:
     def by_name(self) -> dict[str, fx.Node]:
         return {node.name: node for node in self.module.graph.nodes}
 
-    @property
+    @functools.cached_property
     def typing(self) -> Types:
-        """The types; a program without them has not been through inference, which is our bug."""
-        assert self.types is not None, "the program has no types yet"
-        return self.types
+        """The types; a program without them and without a way to find them has not been through inference: our bug."""
+        if self.types is not None:
+            return self.types
+        assert self.infer is not None, "the program has no types yet"
+        return self.infer(self)
 
     @functools.cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -184,7 +188,7 @@ class Program:
 
     def with_graph(self, graph: fx.Graph) -> Program:
         """This program's tensors under another graph (its module's containers are new)."""
-        return dataclasses.replace(self, module=fx.GraphModule(self.module, graph), types=None)
+        return dataclasses.replace(self, module=fx.GraphModule(self.module, graph), types=None, infer=None)
 
     def applied(self, text: str, seconds: float = 0.0) -> Program:
         return dataclasses.replace(self, provenance=(*self.provenance, Applied(text, seconds)))

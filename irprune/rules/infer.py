@@ -177,6 +177,8 @@ class Op:
                 if not found:
                     found = axes[position]
                     continue
+                if found is axes[position]:
+                    continue
                 one, other = (term_size(resolve(term)) == 1 for term in (found, axes[position]))
                 if one == other:
                     self.unify(found, axes[position])
@@ -207,6 +209,11 @@ def typed(program: Program, unlocked: Iterable[str] = ()) -> Program:
     Raises:
         OptionError: The program has no such axis.
     """
+    return dataclasses.replace(program, types=inferred(program, unlocked))
+
+
+def inferred(program: Program, unlocked: Iterable[str] = ()) -> Types:
+    """A dimension term for every axis of every tensor value of a program; arguments as for :func:`typed`."""
     types = Types()
     types.constants = constants(program.module.graph)
     for kind in unlocked:
@@ -214,7 +221,7 @@ def typed(program: Program, unlocked: Iterable[str] = ()) -> Program:
     for node in program.nodes:
         _visit(node, program, types)
     _join(program, types)
-    return dataclasses.replace(program, types=types)
+    return types
 
 
 def _join(program: Program, types: Types) -> None:
@@ -356,7 +363,8 @@ def _checked(op: Op, axes: Axes | None, result: Any) -> Axes | None:
         axes = tuple(op.solid(size, "rule-mismatch", "a rule gave the wrong number of axes") for size in wanted)
     out = []
     for term, size in zip(axes, wanted, strict=True):
-        if term_size(resolve(term)) == size:
+        known = term_size(resolve(term))
+        if known is size or known == size:
             out.append(term)
             continue
         op.freeze(term, "symbolic", "its size cannot be compared")

@@ -108,6 +108,10 @@ class Resize:
         """Size of an operand's axis after removal."""
         return self._shrink.size(self._operand(name)[dim])
 
+    def shrinks(self, name: str, dim: int) -> bool:
+        """Whether an operand's axis loses positions."""
+        return self._shrink.touched(self._operand(name)[dim])
+
     def position(self, name: str, dim: int, index: int) -> int:
         """Where a boundary of an operand's axis lies after removal."""
         term = self._operand(name)[dim]

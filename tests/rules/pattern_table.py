@@ -616,3 +616,14 @@ def distances_between_pairs(n: Net, x: Tensor, y: Tensor) -> Tensor:
 def sizes_written_as_numbers(n: Net, x: Tensor) -> Tensor:
     h = n.linear(x, 8).reshape(3, 1, 8).expand(3, 2, 8).reshape(6, 8)
     return n.linear(h + torch.zeros(6, 8, dtype=x.dtype), 3)
+
+
+@pattern("ffn:8", ROWS)
+def rows_split_at_a_computed_place(n: Net, x: Tensor) -> Tensor:
+    """As routed experts split their rows: lengths are read from contents, the width shrinks."""
+    first = (x[:, 0] > 0).sum()
+    lengths = torch.stack([first, 3 - first]).tolist()
+    for length in lengths:
+        torch._check(length >= 0)
+    low, high = n.linear(x, 8).split(lengths)
+    return n.linear(low.relu(), 3).sum(0) + n.linear(high.tanh(), 3).sum(0)

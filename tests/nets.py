@@ -80,6 +80,13 @@ class Net(nn.Module):
             self.register_buffer(name, self._draw(*shape))
         return self.get_buffer(name)
 
+    def indices(self, count: int) -> Tensor:
+        """A buffer with a random order of so many positions."""
+        name = self._next("order")
+        if not hasattr(self, name):
+            self.register_buffer(name, torch.randperm(count, generator=self._random))
+        return self.get_buffer(name)
+
 
 def tensor(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

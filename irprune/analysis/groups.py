@@ -293,6 +293,19 @@ def _kind(info: _Found) -> str:
     return "other"
 
 
+def kept_by(groups: Groups) -> dict[str, frozenset[str]]:
+    """What each operation costs that freezes: its name to the tensors that no group but those it froze holds.
+
+    A tensor counts for the operation that decided first; one with a prunable axis counts for none.
+    """
+    free = {member.tensor for group in groups.prunable for member in group.members}
+    found: dict[str, set[str]] = {}
+    for group in groups:
+        if group.frozen is not None and group.frozen.node is not None:
+            found.setdefault(group.frozen.node, set()).update(m.tensor for m in group.members if m.tensor not in free)
+    return {node: frozenset(tensors) for node, tensors in found.items()}
+
+
 def summary(groups: Iterable[Group]) -> dict[str, int]:
     """Number of prunable groups by kind."""
     out: dict[str, int] = {}

@@ -83,6 +83,7 @@ class Resize:
         self._shrink = shrink
         self._bound = bind(old.target, old.args, dict(old.kwargs))
         self._now = bind(node.target, node.args, dict(node.kwargs))
+        self.constants: list[tuple[fx.Node, torch.Tensor]] = []
 
     # -- reading
 
@@ -182,6 +183,29 @@ class Resize:
         self._node.kwargs = {}
         self._now = dict(arguments)
 
+    def repick(self) -> bool:
+        """Choose from the first operand's axis what is left of the positions that the call chose.
+
+        The call becomes an ``index_select`` by a constant.
+
+        Returns:
+            Whether the call chooses positions of an axis that may shrink.
+        """
+        if self._old.name not in self._shrink.types.picks:
+            return False
+        dim, positions = self._shrink.types.picks[self._old.name]
+        operand = self._old.all_input_nodes[0]
+        source = self._shrink.types.of(operand.name)[dim]
+        if not self._shrink.touched(source):
+            return True
+        mask = self._shrink.mask(source)
+        left = np.array([i for i in positions if mask[i]], dtype=np.int64)
+        index = torch.from_numpy((np.cumsum(mask) - 1)[left])
+        self.constants.append((self._node, index))
+        arguments = {"self": self._node.args[0], "dim": dim, "index": None}
+        self.retarget(torch.ops.aten.index_select.default, ("self", "dim", "index"), arguments)
+        return True
+
 
 def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
     """The program without the removed indices, typed.
@@ -205,12 +229,19 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
             continue
         if shrink.any(types.axes.get(old.name)) or any(shrink.any(types.axes.get(operand.name)) for operand in old.all_input_nodes):
             touched.append(node)
+    indices: list[tuple[fx.Node, torch.Tensor]] = []
     for node in touched:
         entry = registry().find(node.target)
         if entry is not None and entry.resize is not None:
             rw = Resize(node, old_nodes[node.name], shrink)
             entry.resize(rw, **bind(node.target, node.args, dict(node.kwargs)))
+            indices += rw.constants
     new = program.with_graph(graph)
+    for number, (node, index) in enumerate(indices):
+        name = _free_name(new.module, f"_index_{number}")
+        new.module.register_buffer(name, index.to(_device(node)))
+        with new.module.graph.inserting_before(node):
+            node.update_arg(2, new.module.graph.get_attr(name))
     _slice_constants(program, new, shrink)
     for name, node in program.holders.items():
         sliced = shrink.slice(program.tensors[name].detach(), types.of(node.name))
@@ -254,6 +285,13 @@ def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
             holder = new.module.graph.get_attr(name)
         holder.meta = dict(old.meta)
         old.replace_all_uses_with(holder)
+
+
+def _device(node: fx.Node) -> torch.device:
+    """The device of a call's result."""
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value.device
 
 
 def _free_name(module: torch.nn.Module, name: str) -> str:

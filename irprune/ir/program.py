@@ -71,6 +71,8 @@ class Types:
         notes: Terms that a rule keeps for later, by operation name and key (``groups``).
         constants: Names of nodes that depend on no input, parameter or symbolic size: their value may
             be computed once and sliced like a buffer.
+        picks: Operation name to ``(axis, positions)`` where the result's axis is made of chosen positions
+            of the first operand's.
     """
 
     dims: Dims = field(default_factory=Dims)
@@ -80,6 +82,7 @@ class Types:
     constants: frozenset[str] = frozenset()
     macs: dict[str, tuple[Term, ...]] = field(default_factory=dict)
     notes: dict[tuple[str, str], Term] = field(default_factory=dict)
+    picks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def of(self, name: str) -> Axes:
         axes = self.axes[name]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from irprune.ir.dims import UNIT
+from irprune.ir.dims import UNIT, Term
 from irprune.ir.program import Axes
 from irprune.rules.infer import Op, Value, sizes
-from irprune.rules.registry import rule
+from irprune.rules.registry import resize, rule
+
+if TYPE_CHECKING:
+    from irprune.backend.rewrite import Resize
 
 LOOKED_UP = "its rows are looked up by index"
 
@@ -44,9 +47,19 @@ def index(op: Op, self: Value, indices: list[Value | None]) -> Axes:
         for term in self.axes:
             op.freeze(term, "data-dependent", "a mask selects from it")
         return tuple(op.solid(size, "data-dependent", "a mask selects it") for size in op.shape)
+    chosen = _chosen(op, self, at[0], indices[at[0]]) if len(at) == 1 else None
+    if chosen is not None:
+        return (*self.axes[: at[0]], chosen, *self.axes[at[0] + 1 :])
     for i in at:
         op.freeze(self.axes[i], "data-dependent", LOOKED_UP)
     return _indexed(op, self, indices, at)
+
+
+def _chosen(op: Op, self: Value, dim: int, index: Value | None) -> Term | None:
+    """The axis that an index of known contents makes of an axis that may be pruned."""
+    found = op.constant(index) if index is not None and index.ndim == 1 else None
+    size = self.shape[dim]
+    return None if found is None or not isinstance(size, int) else op.pick(self, dim, [int(i) % size for i in found])
 
 
 def _indexed(op: Op, self: Value, indices: list[Value | None], at: list[int]) -> Axes:
@@ -60,9 +73,18 @@ def _indexed(op: Op, self: Value, indices: list[Value | None], at: list[int]) ->
 @rule("index_select")
 def index_select(op: Op, self: Value, dim: int, index: Value) -> Axes:
     axes = list(self.axes)
-    op.freeze(axes[dim], "data-dependent", LOOKED_UP)
-    axes[dim] = index.axes[0] if index.ndim else UNIT
+    chosen = _chosen(op, self, dim, index)
+    if chosen is None:
+        op.freeze(axes[dim], "data-dependent", LOOKED_UP)
+        chosen = index.axes[0] if index.ndim else UNIT
+    axes[dim] = chosen
     return tuple(axes)
+
+
+@resize("index", "_unsafe_index", "index_select")
+def resize_chosen(rw: Resize, **_: Any) -> None:
+    """What is left of chosen positions has other numbers."""
+    rw.repick()
 
 
 @rule("gather")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from irprune.ir.dims import UNIT, Freeze, Size, Term, as_size, resolve, term_size, variables
+from irprune.ir.dims import UNIT, Concat, Freeze, Size, Term, as_size, concat, resolve, term_size, variables
 from irprune.ir.program import Axes, Diagnostic, Event, Program, Types
 from irprune.rules.registry import bind, op_name, registry
 
@@ -20,6 +21,9 @@ UNIFORM_NAMES = """
 zeros ones full empty rand randn new_zeros new_ones new_full new_empty scalar_tensor empty_like zeros_like ones_like full_like
 """
 UNIFORM = frozenset(f"aten::{name}" for name in UNIFORM_NAMES.split())
+
+MOST_CELLS = 1 << 14
+"""An axis longer than this is not taken apart into single positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +46,11 @@ class Value:
 class Op:
     """What a rule may do: unify, freeze, make fresh axes, and say where axes are read across."""
 
-    def __init__(self, node: fx.Node, types: Types, results: list[Any]) -> None:
+    def __init__(self, node: fx.Node, types: Types, results: list[Any], program: Program) -> None:
         self.node = node
         self.types = types
         self.results = results
+        self._program = program
         self._why = Freeze("misaligned", f"its pieces do not line up in {op_name(node.target)}", node.name)
 
     @property
@@ -96,6 +101,27 @@ class Op:
 
     def unroll(self, term: Term) -> list[Term] | None:
         return self.types.dims.unroll(term, self._why)
+
+    def constant(self, value: Value) -> torch.Tensor | None:
+        """The contents of an operand of whole numbers that no input decides; ``None`` if they are not known here."""
+        return known(value.node, self._program, self.types)
+
+    def pick(self, value: Value, dim: int, positions: Sequence[int]) -> Term | None:
+        """The axis made of an operand's positions in a given order, repetitions allowed; ``None`` where it stays whole.
+
+        The call is written anew with the positions that are left (:meth:`irprune.backend.rewrite.Resize.repick`).
+        """
+        term = resolve(value.axes[dim])
+        size = term_size(term)
+        if not isinstance(size, int) or max(size, len(positions)) > MOST_CELLS or len(positions) > 2 * size:
+            return None
+        if all(var.frozen for var in variables(term)):
+            return None
+        cells = self.unroll(term)
+        if cells is None:
+            return None
+        self.types.picks[self.node.name] = (dim % value.ndim, tuple(positions))
+        return concat(cells[i] for i in positions)
 
     def contract(self, value: Value, *dims: int) -> None:
         """The axes are summed over: a zero at an index removes it exactly."""
@@ -164,7 +190,30 @@ def typed(program: Program) -> Program:
     types.constants = constants(program.module.graph)
     for node in program.nodes:
         _visit(node, program, types)
+    _join(program, types)
     return dataclasses.replace(program, types=types)
+
+
+def _join(program: Program, types: Types) -> None:
+    """Blocks of a tensor's axis that stand together everywhere (as after a flip) become one variable."""
+    wanted: dict[Any, None] = {}
+    for node in program.holders.values():
+        for term in types.of(node.name):
+            blocks = (atom for atom in resolve(term) if isinstance(atom, Concat))
+            for found in (dict.fromkeys(v for v in variables((atom,)) if v.frozen is None and isinstance(v.size, int)) for atom in blocks):
+                wanted |= found if len(found) > 1 else {}
+    if not wanted:
+        return
+    places = itertools.chain(
+        (term for axes in types.axes.values() for item in (axes if isinstance(axes, list) else [axes]) for term in item or ()),
+        types.notes.values(),
+        (product for products in types.macs.values() for product in products),
+    )
+    if not types.dims.join(places, wanted):
+        return
+    for name, axes in types.axes.items():
+        new = [item if item is None else tuple(resolve(term) for term in item) for item in (axes if isinstance(axes, list) else [axes])]
+        types.axes[name] = new if isinstance(axes, list) else new[0]  # type: ignore[assignment]
 
 
 def _visit(node: fx.Node, program: Program, types: Types) -> None:
@@ -195,7 +244,7 @@ def _visit(node: fx.Node, program: Program, types: Types) -> None:
     if not any(isinstance(result, torch.Tensor) for result in results):
         _scalar(node, types)
         return
-    op = Op(node, types, results)
+    op = Op(node, types, results, program)
     if node.name in types.constants and op_name(node.target) not in UNIFORM:
         found: Any = [tuple(types.dims.fresh(size) for size in sizes(r)) if isinstance(r, torch.Tensor) else None for r in results]
         found = found if len(found) > 1 else found[0]
@@ -287,11 +336,48 @@ def _all_axes(types: Types, node: fx.Node) -> list[Axes]:
     return [a for a in axes if a is not None] if isinstance(axes, list) else [axes]
 
 
-def constants(graph: fx.Graph) -> frozenset[str]:
-    """Names of tensor operations that depend on no input, parameter, buffer or symbolic size.
+def known(node: fx.Node, program: Program, types: Types) -> torch.Tensor | None:
+    """Whole numbers that depend on constants and buffers only, small enough to be read at once."""
+    held = node.meta.get("val")
+    if not isinstance(held, torch.Tensor) or held.is_floating_point() or held.is_complex() or not _small(held):
+        return None
+    upstream: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        value = pending.pop()
+        if value in upstream:
+            continue
+        upstream.add(value)
+        if value.op == "get_attr":
+            tensor = program.tensors[str(value.target)]
+            if isinstance(tensor, torch.nn.Parameter) or tensor.is_meta or not _small(tensor):
+                return None
+        elif value.op != "call_function" or not (value.name in types.constants or _repeatable(value)):
+            return None
+        pending.extend(value.all_input_nodes)
+    if not upstream.isdisjoint(_written(program.module.graph)):
+        return None
+    values: dict[fx.Node, Any] = {}
+    for value in (value for value in program.nodes if value in upstream):
+        if value.op == "get_attr":
+            values[value] = program.tensors[str(value.target)]
+        else:
+            args, kwargs = fx.map_arg((value.args, dict(value.kwargs)), values.__getitem__)
+            values[value] = value.target(*args, **kwargs)  # type: ignore[operator]
+    result = values[node]
+    return result if isinstance(result, torch.Tensor) else None
 
-    A value that an in-place operation writes to, directly or through a view, is not constant.
-    """
+
+def _small(tensor: torch.Tensor) -> bool:
+    return all(isinstance(size, int) for size in tensor.shape) and tensor.numel() <= MOST_CELLS
+
+
+def _repeatable(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+
+
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """Values that an in-place operation writes to, directly or through a view."""
     written: set[fx.Node] = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
@@ -307,6 +393,15 @@ def constants(graph: fx.Graph) -> frozenset[str]:
                 if value not in written:
                     written.add(value)
                     pending.extend(value.all_input_nodes)
+    return written
+
+
+def constants(graph: fx.Graph) -> frozenset[str]:
+    """Names of tensor operations that depend on no input, parameter, buffer or symbolic size.
+
+    A value that an in-place operation writes to, directly or through a view, is not constant.
+    """
+    written = _written(graph)
     found: set[str] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node in written:

@@ -262,7 +262,10 @@ def slice_axis(op: Op, self: Value, dim: int = 0, start: Any = None, end: Any = 
         axes[dim] = cut(op, term, first, last, size)
         return tuple(axes)
     parts = op.factor(term, step) if size % step == 0 and first < step and last > size - step + first else None
-    if parts is None:
+    chosen = op.pick(self, dim, range(first, last, step)) if parts is None else None
+    if chosen is not None:
+        axes[dim] = chosen
+    elif parts is None:
         op.freeze(term, "position", "a slice with a step reads it")
         axes[dim] = op.solid(wanted, "position", "a slice with a step gives it")
     else:
@@ -274,6 +277,8 @@ def slice_axis(op: Op, self: Value, dim: int = 0, start: Any = None, end: Any = 
 @resize("slice", "slice_copy")
 def resize_slice(rw: Resize, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1, **_: Any) -> None:
     """Bounds move with the positions before them; a step picks from a factor that stays whole."""
+    if rw.repick():
+        return
     if step != 1:
         size = rw.old_size("self", dim)
         if isinstance(end, int) and isinstance(size, int) and end < size:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from irprune.analysis.plan import layer_of, layers_of, modules_of
 from irprune.errors import NothingPrunableError, OptionError
-from irprune.ir.dims import Atom, Concat, Term, Var, atom_size, resolve, variables
+from irprune.ir.dims import Atom, Concat, Indexed, Term, Var, atom_size, resolve, variables
 from irprune.ir.facts import Group, Groups
 from irprune.ir.program import Program
 
@@ -151,8 +151,13 @@ def _factors(term: Term, var: Var, steady: Mapping[Var, int]) -> list[int]:
     for i, atom in enumerate(atoms):
         major = math.prod(_steady(other, steady) for other in atoms[:i] if isinstance(other, Var))
         rest = major * math.prod(_steady(other, steady) for other in atoms[i + 1 :])
+        views = [block[0] for block in atom.blocks if len(block) == 1] if isinstance(atom, Concat) else [atom]
+        shown = sum(len(view.positions) for view in views if isinstance(view, Indexed) and view.var is var)
+        if shown:
+            out.append(rest * max(shown // int(var.size), 1))
         if isinstance(atom, Concat):
-            out += [rest * inner for block in atom.blocks for inner in _factors(block, var, steady)]
+            blocks = (block for block in atom.blocks if not (len(block) == 1 and isinstance(block[0], Indexed)))
+            out += [rest * inner for block in blocks for inner in _factors(block, var, steady)]
         elif atom is var:
             out.append(rest)
     return out
@@ -162,6 +167,9 @@ def _steady(atom: Atom, steady: Mapping[Var, int]) -> int:
     """A number that divides the atom's size whatever is removed."""
     if isinstance(atom, Var):
         return steady.get(atom, int(atom.size))
+    if isinstance(atom, Indexed):
+        shown, size = len(atom.positions), int(atom.var.size)
+        return shown // size * steady.get(atom.var, size) if shown % size == 0 else 1
     if steady.keys().isdisjoint(variables((atom,))):
         return int(atom_size(atom))
     return math.gcd(*(math.prod(_steady(inner, steady) for inner in resolve(block)) for block in atom.blocks))

@@ -430,6 +430,8 @@ def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list
         if not isinstance(axes, tuple) or not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor):
             continue
         expected = shrink.slice(expected, axes)
+        if (node.name, 0) in before.typing.points:
+            expected = shrink.renumbered(expected, before.typing.points[node.name, 0])
         if expected.shape != value.shape:
             return f"they part at %{node.name}: shapes {list(expected.shape)} and {list(value.shape)}"
         gap = difference(value, expected)

@@ -73,6 +73,13 @@ class Shrink:
                 tensor = tensor.index_select(dim, index)
         return tensor
 
+    def renumbered(self, numbers: torch.Tensor, term: Term) -> torch.Tensor:
+        """Positions along an axis as they are counted when only the kept ones are left."""
+        if not self.touched(term):
+            return numbers
+        order = torch.from_numpy(np.cumsum(self.mask(term)) - 1).to(numbers.device)
+        return order[numbers.long()].to(numbers.dtype)
+
 
 class Resize:
     """What a *resize* function may do to its call."""

@@ -73,6 +73,9 @@ class Types:
             be computed once and sliced like a buffer.
         picks: Operation name to ``(axis, positions)`` where the result's axis is made of chosen positions
             of the first operand's.
+        points: Values whose numbers are positions along an axis, by operation name and place among its
+            results: whichever expert a token was sent to. They follow that axis when it shrinks.
+        least: Axes of which at least so many positions are needed (the ``k`` of a top-k).
     """
 
     dims: Dims = field(default_factory=Dims)
@@ -83,6 +86,8 @@ class Types:
     macs: dict[str, tuple[Term, ...]] = field(default_factory=dict)
     notes: dict[tuple[str, str], Term] = field(default_factory=dict)
     picks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    points: dict[tuple[str, int], Term] = field(default_factory=dict)
+    least: list[tuple[Term, int]] = field(default_factory=list)
 
     def of(self, name: str) -> Axes:
         axes = self.axes[name]

@@ -518,7 +518,8 @@ case(
 )
 case("sort", "", ROWS, lambda n, x: n.linear(n.linear(x, 8).sort(-1).values, 3))
 case("sort/of another axis", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).sort(1).values, 3))
-case("topk", "", ROWS, lambda n, x: n.linear(n.linear(x, 8).topk(3, -1).values, 3))
+case("topk", "other:8~", ROWS, lambda n, x: n.linear(n.linear(x, 8).topk(3, -1).values, 3), least=3)
+case("topk/the smallest", "other:8~", ROWS, lambda n, x: n.linear(n.linear(x, 8).topk(3, -1, False).values, 3), least=3)
 case("topk/of another axis", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).topk(2, 1).values, 3))
 case(
     "argsort msort",

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from irprune.analysis.cost import Cost
-from irprune.ir.dims import Freeze, Term, Var, index_maps, resolve, variables
+from irprune.ir.dims import Freeze, Term, Var, index_maps, resolve, term_size, variables
 from irprune.ir.facts import Group, Groups, Member, Role
 from irprune.ir.program import Axes, Program, Types
 from irprune.rules.registry import op_name
@@ -48,6 +48,7 @@ def discover(program: Program, freeze: Sequence[str] = ()) -> Groups:
     _members(program, found, derived)
     _walk(program, found, derived)
     cost = Cost(program)
+    least = _least(types)
     user = {
         var: Freeze("user", f"{tensor} is named to stay whole")
         for tensor, node in program.holders.items()
@@ -82,10 +83,32 @@ def discover(program: Program, freeze: Sequence[str] = ()) -> Groups:
                 mixers=tuple(dict.fromkeys(info.mixers)),
                 params_per_index=params,
                 macs_per_index=macs,
-                frozen=var.frozen or user.get(var) or (Freeze("single", "it has one index only") if var.size == 1 else None),
+                frozen=var.frozen or user.get(var) or _whole(var.size, least.get(var, 1)),
+                least=least.get(var, 1),
             )
         )
     return Groups(tuple(groups))
+
+
+def _least(types: Types) -> dict[Var, int]:
+    """How many indices of a variable must stay for every choice among its positions to have enough."""
+    out: dict[Var, int] = {}
+    for term, count in types.least:
+        term = resolve(term)
+        if not term:
+            continue
+        minor = term_size(term[1:])
+        for var in variables(term[:1]):
+            if isinstance(minor, int):
+                out[var] = max(out.get(var, 1), min(-(-count // minor), int(var.size)))
+    return out
+
+
+def _whole(size: int, least: int) -> Freeze | None:
+    """Why all indices stay, if they must."""
+    if size == 1:
+        return Freeze("single", "it has one index only")
+    return Freeze("chosen", f"{least} of its positions are chosen, and it has no more") if size <= least else None
 
 
 def _key(program: Program, var: Var, first: Member) -> str:
@@ -242,6 +265,8 @@ def _walk(program: Program, found: dict[Var, _Found], derived: set[fx.Node]) -> 
                 found[var].traits.add("heads")
             elif key in ("head_dim", "value_dim"):
                 found[var].traits.add("head_dim")
+            elif key in ("chosen", "classes"):
+                found[var].traits.add("experts")
             elif key == "groups" and "group_norm" in op:
                 found[var].traits.add("norm_groups")
     _products(program, found, held, derived)
@@ -313,6 +338,8 @@ def _kind(info: _Found) -> str:
     for kind in ("vocabulary", "positions"):
         if kind in traits:
             return kind
+    if "experts" in traits:
+        return "experts"
     if "heads" in traits:
         return "query_heads" if "repeated" in traits else "heads"
     for kind in ("head_dim", "norm_groups", "residual", "conv", "ffn"):

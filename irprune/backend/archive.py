@@ -95,13 +95,14 @@ def _lift(program: Program, graph: fx.Graph) -> list[InputSpec]:
 
 
 def _ranges(graph: fx.Graph) -> dict[Any, Any]:
-    """The range of every symbol in the shapes of the inputs."""
-    out = {}
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta["val"]
-        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
-            for symbol in free_symbols(value):
-                out[symbol] = value.fake_mode.shape_env.var_to_range[symbol]
+    """The range of every symbol in the shapes: of the inputs' dynamic axes and of sizes that are computed from contents."""
+    out: dict[Any, Any] = {}
+    for node in graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            held = value.fake_mode if isinstance(value, FakeTensor) else getattr(value, "node", None)
+            if held is not None and held.shape_env is not None:
+                for symbol in free_symbols(value) - out.keys():
+                    out[symbol] = held.shape_env.var_to_range[symbol]
     return out
 
 

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 import irprune
 from irprune.backend.archive import to_exported
+from irprune.backend.onnx_ops import translations
 from irprune.errors import ExportError, IrpruneError
 from irprune.ir.facts import Note
 from irprune.ir.program import Program, location
@@ -180,7 +181,9 @@ def convert(program: Program, *, opset: int | None = None, optimize: bool = True
     with _quiet():
         flat = flattened(program, Signature.of(program))
         try:
-            written = torch.onnx.export(to_exported(flat), verbose=False, optimize=False, opset_version=opset)
+            written = torch.onnx.export(
+                to_exported(flat), verbose=False, optimize=False, opset_version=opset, custom_translation_table=translations(flat.nodes)
+            )
             assert written is not None
             transposed = _transposed_weights(written.model)
             if optimize:

@@ -134,7 +134,7 @@ class Masked(Run):
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         tensor = super().get_attr(target, args, kwargs)
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() or tensor.is_complex():
             for dim, term in enumerate(self._shrink.types.of(self._holders[target].name)):
                 if self._shrink.touched(term):
                     tensor = torch.where(self._along(tensor, dim, term), tensor, 0)
@@ -282,7 +282,8 @@ def fake_values(program: Program) -> dict[str, Any]:
     """Every value of a program by name, from running it on tensors without data.
 
     Dynamic axes have the sizes of the example inputs: shapes are then found quickly, and a size that
-    the trace left open is an expression in those. Where shapes depend on contents, they stay symbols.
+    the trace left open is an expression in those. Where shapes depend on contents, the program is run
+    on the example inputs; without weights to run on, such sizes stay symbols.
 
     Raises:
         ProofError: An operation does not accept its operands.
@@ -291,17 +292,20 @@ def fake_values(program: Program) -> dict[str, Any]:
     with FakeTensorMode() as mode:
         flat = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in flat_inputs(program, args, kwargs)]
         try:
-            return _run_fake(program, flat)
+            return _run_nodes(program, flat)
         except (DataDependentOutputException, DynamicOutputShapeException):
             pass
+    if not any(tensor.is_meta for tensor in program.tensors.values()):
+        return _run_nodes(program, flat_inputs(program, args, kwargs), real=True)
     placeholders = [node.meta.get("val") for node in program.nodes if node.op == "placeholder"]
     symbolic = next(v.fake_mode for v in placeholders if isinstance(v, FakeTensor))
     assert symbolic.shape_env is not None
     with symbolic, symbolic.shape_env.suppress_guards(), enable_python_dispatcher():
-        return _run_fake(program, placeholders)
+        return _run_nodes(program, placeholders)
 
 
-def _run_fake(program: Program, flat: list[Any]) -> dict[str, Any]:
+def _run_nodes(program: Program, flat: list[Any], real: bool = False) -> dict[str, Any]:
+    """Every value by name: of tensors without data, or with ``real`` of the weights in memory."""
     values: dict[str, Any] = {}
     inputs = iter(flat)
     with torch.no_grad():
@@ -310,7 +314,7 @@ def _run_fake(program: Program, flat: list[Any]) -> dict[str, Any]:
                 values[node.name] = next(inputs)
             elif node.op == "get_attr":
                 tensor = program.tensors[str(node.target)]
-                values[node.name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                values[node.name] = tensor if real else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n.name])
                 try:
@@ -489,6 +493,8 @@ def locate(
         if not isinstance(axes, tuple) or not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor) or node.name in ids:
             continue
         expected = shrink.slice(expected, axes)
+        if (node.name, 0) in before.typing.points:
+            expected = shrink.renumbered(expected, before.typing.points[node.name, 0])
         if expected.shape != value.shape:
             return f"they part at %{node.name}: shapes {list(expected.shape)} and {list(value.shape)}"
         gap = difference(value, expected)

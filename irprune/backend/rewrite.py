@@ -88,6 +88,13 @@ class Shrink:
                 tensor = tensor.index_select(dim, index)
         return tensor
 
+    def renumbered(self, numbers: torch.Tensor, term: Term) -> torch.Tensor:
+        """Positions along an axis as they are counted when only the kept ones are left."""
+        if not self.touched(term):
+            return numbers
+        order = torch.from_numpy(np.cumsum(self.mask(term)) - 1).to(numbers.device)
+        return order[numbers.long()].to(numbers.dtype)
+
 
 class Resize:
     """What a *resize* function may do to its call."""
@@ -123,6 +130,10 @@ class Resize:
     def operand_size(self, name: str, dim: int) -> Size:
         """Size of an operand's axis after removal."""
         return self._shrink.size(self._operand(name)[dim])
+
+    def shrinks(self, name: str, dim: int) -> bool:
+        """Whether an operand's axis loses positions."""
+        return self._shrink.touched(self._operand(name)[dim])
 
     def position(self, name: str, dim: int, index: int) -> int:
         """Where a boundary of an operand's axis lies after removal."""

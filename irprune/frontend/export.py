@@ -83,6 +83,7 @@ def trace(
     graph = traced.graph
     _inline_regions(traced)
     _drop_noise(graph)
+    _lay_out(graph)
     aliases = _untie(module, traced)
     output_names, positions = _select_outputs(graph, outputs)
     graph.eliminate_dead_code()
@@ -255,6 +256,17 @@ def _drop_noise(graph: fx.Graph) -> None:
         elif _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+
+
+def _lay_out(graph: fx.Graph) -> None:
+    """What reads pairs of neighbouring numbers asks for a layout that a smaller value need not have: make it so."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view_as_complex.default):
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        with graph.inserting_before(node):
+            whole = graph.call_function(torch.ops.aten.contiguous.default, (operand,))
+        whole.meta = {**node.meta, "val": operand.meta["val"].contiguous()}
+        node.update_arg(0, whole)
 
 
 def _is_identity(node: fx.Node) -> bool:

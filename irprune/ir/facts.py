@@ -68,6 +68,7 @@ class Group:
         params_per_index: Parameters that go with one index while nothing else is removed.
         macs_per_index: The same for multiply-accumulates at the example input's sizes.
         frozen: Why it may not be pruned, or ``None``.
+        least: At least so many indices must stay (two experts, where each token goes to two).
     """
 
     name: str
@@ -82,6 +83,7 @@ class Group:
     params_per_index: int = 0
     macs_per_index: int = 0
     frozen: Freeze | None = None
+    least: int = 1
 
     @property
     def prunable(self) -> bool:

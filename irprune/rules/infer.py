@@ -24,6 +24,13 @@ zeros ones full empty rand randn new_zeros new_ones new_full new_empty scalar_te
 """
 UNIFORM = frozenset(f"aten::{name}" for name in UNIFORM_NAMES.split())
 
+# What moves numbers about and leaves them as they are: their first operand's positions are the result's.
+MOVES_NAMES = """
+view reshape flatten unflatten to _to_copy clone contiguous detach alias unsqueeze squeeze transpose permute t expand select slice
+index gather repeat repeat_interleave sort
+"""
+MOVES = frozenset(f"aten::{name}" for name in MOVES_NAMES.split())
+
 MOST_CELLS = 1 << 14
 """An axis longer than this is not taken apart into single positions."""
 
@@ -53,6 +60,7 @@ class Op:
         self.types = types
         self.results = results
         self._program = program
+        self._followed: set[fx.Node] = set()
         self._why = Freeze("misaligned", f"its pieces do not line up in {op_name(node.target)}", node.name)
 
     @property
@@ -135,6 +143,37 @@ class Op:
         if kind == "vocabulary" and rows:
             self.unify(rows[0], table.axes[dim])
         rows.append(table.axes[dim])
+
+    def pointed(self, value: Any) -> Term | None:
+        """The axis whose positions an operand's numbers are, if they are any's. The rule sees to it that they stay so."""
+        term = self.types.points.get((value.node.name, 0)) if isinstance(value, Value) else None
+        if term is not None:
+            self._followed.add(value.node)
+        return term
+
+    def points(self, which: int, term: Term) -> None:
+        """The numbers of a result are positions along an axis."""
+        self.types.points[self.node.name, which] = term
+
+    def need(self, term: Term, count: int) -> None:
+        """At least so many positions of an axis must stay."""
+        self.types.least.append((term, count))
+
+    def settle(self) -> None:
+        """Positions that no rule followed hold their axis as it is."""
+        for operand in self.node.all_input_nodes:
+            term = self.types.points.get((operand.name, 0))
+            if term is None or operand in self._followed:
+                continue
+            moved = op_name(self.node.target) in MOVES and self.node.target is not torch.ops.aten.view.dtype
+            if moved and operand is self.node.args[0] and self._holds_numbers():
+                self.points(0, term)
+            else:
+                self.freeze(term, "data-dependent", "computed positions along it are calculated with")
+
+    def _holds_numbers(self) -> bool:
+        """Whether whole numbers pass into the result as they are, which truth values would not let them."""
+        return isinstance(self.results[0], torch.Tensor) and self.results[0].dtype is not torch.bool
 
     def contract(self, value: Value, *dims: int) -> None:
         """The axes are summed over: a zero at an index removes it exactly."""
@@ -220,6 +259,10 @@ def inferred(program: Program, unlocked: Iterable[str] = ()) -> Types:
         _unlock(kind, program, types)
     for node in program.nodes:
         _visit(node, program, types)
+    for term, _ in types.least:
+        # Of a product only the major factor may go: how many of the minor ones a choice leaves is not known.
+        why = Freeze("chosen", "positions are chosen among it and a factor before it")
+        types.dims.freeze(resolve(term)[1:], why)
     _join(program, types)
     return types
 
@@ -282,6 +325,9 @@ def _visit(node: fx.Node, program: Program, types: Types) -> None:
         _unlocked_outputs(node, types)
         cut = {var for term in types.unlocked.get("vocabulary", ()) for var in variables(resolve(term))}
         for position, operand in enumerate(node.all_input_nodes):
+            if (operand.name, 0) in types.points:
+                why = Freeze("interface", f"output {position} of the model tells positions along it", node.name)
+                types.dims.freeze(types.points[operand.name, 0], why)
             for axes in _all_axes(types, operand):
                 free = bool(axes) and not cut.isdisjoint(variables(resolve(axes[-1])))
                 for term in axes[:-1] if free else axes:
@@ -298,11 +344,14 @@ def _visit(node: fx.Node, program: Program, types: Types) -> None:
         types.axes[node.name] = tuple(types.dims.fresh(int(size)) for size in tensor.shape)
         return
     if node.target is operator.getitem:
-        parts = types.axes.get(node.args[0].name) if isinstance(node.args[0], fx.Node) else None
-        if isinstance(parts, list) and isinstance(node.args[1], int):
-            part = parts[node.args[1]]
+        source, place = node.args
+        if isinstance(source, fx.Node) and isinstance(place, int):
+            parts = types.axes.get(source.name)
+            part = parts[place] if isinstance(parts, list) else None
             if part is not None:
                 types.axes[node.name] = part
+            if (source.name, place) in types.points:
+                types.points[node.name, 0] = types.points[source.name, place]
         return
     results = results_of(node)
     if not any(isinstance(result, torch.Tensor) for result in results):
@@ -318,6 +367,7 @@ def _visit(node: fx.Node, program: Program, types: Types) -> None:
             found = _unknown(op)
         else:
             found = _call(entry.infer, op, node)
+    op.settle()
     several = isinstance(node.meta.get("val"), tuple | list)
     checked = [_checked(op, axes, result) for axes, result in zip(found if several else [found], results, strict=True)]
     types.axes[node.name] = checked if several else checked[0]  # type: ignore[assignment]
@@ -389,7 +439,7 @@ def _scalar(node: fx.Node, types: Types) -> None:
     if "sym_size" in str(node.target):
         return
     for operand in node.all_input_nodes:
-        for axes in _all_axes(types, operand):
+        for axes in [*_all_axes(types, operand), (types.points.get((operand.name, 0), UNIT),)]:
             for term in axes:
                 types.dims.freeze(term, Freeze("data-dependent", "a number is computed from its contents", node.name))
 

@@ -116,6 +116,18 @@ def movedim(op: Op, self: Value) -> Axes:
     return tuple(self.axes[size - 2] for size in moved.shape)
 
 
+@rule("view_as_complex")
+def view_as_complex(op: Op, self: Value) -> Axes:
+    """The last axis holds real and imaginary parts."""
+    op.freeze(self.axes[-1], "position", "its positions are real and imaginary parts")
+    return self.axes[:-1]
+
+
+@rule("view_as_real")
+def view_as_real(op: Op, self: Value) -> Axes:
+    return (*self.axes, op.solid(2, "position", "its positions are real and imaginary parts"))
+
+
 @rule("unsqueeze", "unsqueeze_copy")
 def unsqueeze(op: Op, self: Value, dim: int) -> Axes:
     axes = list(self.axes)
@@ -338,7 +350,9 @@ def split(op: Op, self: Value, dim: int = 0) -> list[Axes]:
 
 @resize("split", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "split_with_sizes", "split_copy", "unsafe_split_with_sizes")
 def resize_split(rw: Resize, dim: int = 0, **_: Any) -> None:
-    """All splits become ``split_with_sizes`` of the kept sizes."""
+    """All splits of an axis that shrinks become ``split_with_sizes`` of the kept sizes."""
+    if not rw.shrinks("self", dim):
+        return
     lengths = [rw.result_size(dim, i) for i in range(rw.result_count)]
     arguments = {"self": rw.get("self"), "split_sizes": lengths, "dim": dim}
     rw.retarget(torch.ops.aten.split_with_sizes.default, ("self", "split_sizes", "dim"), arguments)

@@ -519,7 +519,8 @@ case(
 )
 case("sort", "", ROWS, lambda n, x: n.linear(n.linear(x, 8).sort(-1).values, 3))
 case("sort/of another axis", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).sort(1).values, 3))
-case("topk", "", ROWS, lambda n, x: n.linear(n.linear(x, 8).topk(3, -1).values, 3))
+case("topk", "other:8~", ROWS, lambda n, x: n.linear(n.linear(x, 8).topk(3, -1).values, 3), least=3)
+case("topk/the smallest", "other:8~", ROWS, lambda n, x: n.linear(n.linear(x, 8).topk(3, -1, False).values, 3), least=3)
 case("topk/of another axis", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).topk(2, 1).values, 3))
 case(
     "argsort msort",
@@ -635,3 +636,53 @@ case(
     ROWS,
     lambda n, x: n.linear((lambda cell: cell(x, cell(x, n.linear(x, 8))))(n.layer(lambda: nn.GRUCell(4, 8))), 3),
 )
+
+
+# -- complex numbers -----------------------------------------------------------------------------
+
+
+def turned(n: Net, x: Tensor) -> Tensor:
+    """Rotary embedding in complex numbers: pairs of features go together."""
+    z = torch.view_as_complex(n.linear(x, 8).reshape(3, 4, 2))
+    z = z * torch.polar(torch.ones(4, dtype=x.dtype), n.parameter(4))
+    return n.linear(torch.view_as_real(z).flatten(-2), 3)
+
+
+case("view_as_complex polar view_as_real", "ffn:4", ROWS, turned, dynamic=STATIC)
+
+
+def parts(n: Net, x: Tensor) -> Tensor:
+    z = torch.complex(n.linear(x, 4), n.linear(x, 4))
+    angle = z.angle()
+    z = torch.ops.aten.conj_physical(torch.ops.aten._conj(z) * z).conj()
+    z = torch.ops.aten._neg_view(z).resolve_conj().resolve_neg()
+    return n.linear(z.real, 3) + n.linear(z.imag, 3) + n.linear(angle, 3)
+
+
+case("complex conj_physical _conj _neg_view resolve_conj resolve_neg real imag angle", "ffn:4", ROWS, parts, zeroing=False)
+
+
+def spectra(apply: Callable[[Tensor], Tensor], *back: Callable[[Tensor], Tensor]) -> Callable[[Net, Tensor], Tensor]:
+    def fn(n: Net, x: Tensor) -> Tensor:
+        h = apply(n.linear(x, 4).transpose(1, 2))
+        for step in back:
+            h = step(h)
+        return n.linear(torch.view_as_real(h).sum(-1).transpose(1, 2) if h.is_complex() else h.transpose(1, 2), 3)
+
+    return fn
+
+
+for _name, _steps in {
+    "fft_fft fft_ifft": (torch.fft.fft, torch.fft.ifft),
+    "fft_rfft fft_irfft": (torch.fft.rfft, torch.fft.irfft),
+    "fft_hfft fft_ihfft": (torch.fft.ihfft, torch.fft.hfft),
+}.items():
+    case(_name, "ffn:4", SEQUENCE, spectra(*_steps), zeroing=False, dynamic=STATIC)
+
+for _name, _steps in {
+    "fft_fft2 fft_ifft2": (torch.fft.fft2, torch.fft.ifft2),
+    "fft_rfft2 fft_irfft2": (torch.fft.rfft2, torch.fft.irfft2),
+    "fft_fftn fft_ifftn": (torch.fft.fftn, torch.fft.ifftn),
+    "fft_rfftn fft_irfftn": (torch.fft.rfftn, torch.fft.irfftn),
+}.items():
+    case(_name, "", SEQUENCE, spectra(*_steps), zeroing=False, dynamic=STATIC)

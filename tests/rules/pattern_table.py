@@ -721,7 +721,7 @@ def soft_mixture_of_experts(n: Net, x: Tensor) -> Tensor:
     return (answers * n.linear(x, 4).softmax(-1)[..., None]).sum(1)
 
 
-@pattern("ffn:8", ROWS)
+@pattern("experts:4~ ffn:8", ROWS, least=2)
 def neurons_of_experts_that_are_picked(n: Net, x: Tensor) -> Tensor:
     top, which = n.linear(x, 4).softmax(-1).topk(2, -1)
     gate = torch.zeros(x.shape[0], 4, dtype=x.dtype).scatter(-1, which, top)
@@ -834,3 +834,55 @@ def distances_between_pairs(n: Net, x: Tensor, y: Tensor) -> Tensor:
 def sizes_written_as_numbers(n: Net, x: Tensor) -> Tensor:
     h = n.linear(x, 8).reshape(3, 1, 8).expand(3, 2, 8).reshape(6, 8)
     return n.linear(h + torch.zeros(6, 8, dtype=x.dtype), 3)
+
+
+@pattern("ffn:8", ROWS)
+def rows_split_at_a_computed_place(n: Net, x: Tensor) -> Tensor:
+    """As routed experts split their rows: lengths are read from contents, the width shrinks."""
+    first = (x[:, 0] > 0).sum()
+    lengths = torch.stack([first, 3 - first]).tolist()
+    for length in lengths:
+        torch._check(length >= 0)
+    low, high = n.linear(x, 8).split(lengths)
+    return n.linear(low.relu(), 3).sum(0) + n.linear(high.tanh(), 3).sum(0)
+
+
+# -- routing ---------------------------------------------------------------------------------------
+
+
+def routed(n: Net, x: Tensor, count: int = 4) -> tuple[Tensor, Tensor]:
+    """The two experts that each row goes to, and their weights."""
+    return n.linear(x, count).softmax(-1).topk(2, -1)
+
+
+@pattern("experts:4~ head_dim:5", ROWS, least=2)
+def experts_whose_weights_are_gathered(n: Net, x: Tensor) -> Tensor:
+    weights, chosen = routed(n, x)
+    h = torch.einsum("ri,rkio->rko", x, n.parameter(4, 4, 5)[chosen]).relu() + n.parameter(4, 5)[chosen]
+    return (torch.einsum("rki,rkio->rko", h, n.parameter(4, 5, 3)[chosen]) * weights[..., None]).sum(1)
+
+
+@pattern("experts:4~ ffn:5", ROWS, least=2)
+def experts_weighted_where_they_are_chosen(n: Net, x: Tensor) -> Tensor:
+    weights, chosen = routed(n, x)
+    dense = torch.zeros(3, 4, dtype=x.dtype).scatter(1, chosen, weights)
+    h = torch.einsum("ri,eio->reo", x, n.parameter(4, 4, 5)).relu()
+    return (torch.einsum("rei,eio->reo", h, n.parameter(4, 5, 3)) * dense[..., None]).sum(1)
+
+
+@pattern("experts:4~", ROWS, least=2)
+def experts_told_apart_by_classes(n: Net, x: Tensor) -> Tensor:
+    weights, chosen = routed(n, x)
+    return (F.one_hot(chosen, 4).to(x.dtype) * weights[..., None]).sum(1) @ n.parameter(4, 3)
+
+
+@pattern("", ROWS)
+def the_number_of_an_expert_is_told(n: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    weights, chosen = routed(n, x)
+    return (n.parameter(4, 3)[chosen] * weights[..., None]).sum(1), chosen
+
+
+@pattern("", ROWS)
+def the_number_of_an_expert_is_compared(n: Net, x: Tensor) -> Tensor:
+    weights, chosen = routed(n, x)
+    return (weights * (chosen == 1)).sum(-1, keepdim=True) + n.linear(x, 3)

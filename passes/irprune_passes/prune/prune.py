@@ -184,7 +184,9 @@ class _Planner:
         for group in self.selection.chosen:
             cost = {"none": 1, "params": group.params_per_index, "macs": group.macs_per_index}[options.per_cost]
             values = _checked(group, scores)
-            pools.append(Pool(group.name, values, self.units[group.name], options.min_keep, ceilings[group.name], max(cost, 1)))
+            pools.append(
+                Pool(group.name, values, self.units[group.name], max(options.min_keep, group.least), ceilings[group.name], max(cost, 1))
+            )
         if options.allocation == "global":
             return Global(pools)
         return Local(pools) if options.allocation == "local" else Uniform(pools)
@@ -246,16 +248,15 @@ class _Planner:
         return BudgetError(text, where="pass prune", hint="ask for more, lower `round_to`, or use allocation=global")
 
     def _check_count(self, pools: Sequence[Pool], count: int) -> None:
-        floor = self.options.min_keep
         hint = "ask for less, lower `min_keep`, or choose groups by `kinds`, `include` or `layers`"
         if self.options.allocation == "global":
-            free = sum(pool.size - floor for pool in pools)
+            free = sum(pool.size - pool.floor for pool in pools)
             if count > free:
                 raise BudgetError(f"{count} indices cannot go: {free} are free to, in {len(pools)} groups", where="pass prune", hint=hint)
             return
         for pool in pools:
-            if count > pool.size - floor:
-                text = f"{count} indices of group {pool.name} cannot go: it has {pool.size}, of which {floor} must stay"
+            if count > pool.size - pool.floor:
+                text = f"{count} indices of group {pool.name} cannot go: it has {pool.size}, of which {pool.floor} must stay"
                 raise BudgetError(text, where="pass prune", hint=hint)
 
     def _short(self, most: Counts) -> BudgetError:

@@ -93,7 +93,7 @@ def _reasons(program: Program, by: Filter, tensors: Sequence[str]) -> list[Calla
         lambda group: None if not by.include or matches(group, by.include) else "not in `include`",
         lambda group: "in `exclude`" if matches(group, by.exclude) else None,
         lambda group: None if protected.isdisjoint(member.tensor for member in group.members) else "in `protect`",
-        lambda group: None if group.size > by.min_keep else f"with no more than `min_keep` ({by.min_keep}) indices",
+        lambda group: None if group.size > max(by.min_keep, group.least) else f"with no more than `min_keep` ({by.min_keep}) indices",
     ]
 
 

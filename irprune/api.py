@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from irprune.backend.onnx import OnnxFile
 from irprune.errors import DataError, OptionError, PipelineError
 from irprune.frontend import export
 from irprune.frontend.batches import Binding
-from irprune.ir.facts import Fact, Groups, Original, Plan, PruneReport, Task, Workspace
+from irprune.ir.facts import Fact, Groups, Note, Original, Plan, PruneReport, Task, Workspace
 from irprune.ir.program import Program
 from irprune.pipeline import files, manager, manifest, registry
 from irprune.pipeline.instruments import Timed, Timing, Untouched
@@ -40,7 +41,7 @@ from irprune.report.tables import notes
 from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
-ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
+ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data", "hf")
 
 Target = str | os.PathLike[str] | nn.Module | Program
 
@@ -76,6 +77,13 @@ def trace(
     return typed(export.trace(module, args, kwargs, dynamic))
 
 
+def load_pretrained(path: str | os.PathLike[str], *, verify: bool = True, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Load a Hugging Face checkpoint that a run wrote; see :func:`irprune.frontend.hf_pretrained.load_pretrained`."""
+    from irprune.frontend import hf_pretrained
+
+    return hf_pretrained.load_pretrained(path, verify=verify, trust_remote_code=trust_remote_code, **options)
+
+
 @doing("load and trace")
 def load(
     target: Target,
@@ -108,10 +116,12 @@ def load(
         options.update({name: value for name, value in own.items() if value not in (None, ())})
         program, facts = targets.load(os.fspath(target), calibration=calibration, seed=seed, **options)
         return _typed(program), facts
+    source: tuple[Fact, ...] = ()
     if isinstance(target, Program):
         name, program = "program", target
     else:
         name = type(target).__name__
+        source = _source(target)
         if options:
             raise OptionError(f"unknown option '{next(iter(options))}' for a module", hint="see irprune.api.load for those that exist")
         args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
@@ -121,7 +131,16 @@ def load(
     binding = Binding(codegen.pytree_info.orig_args[: len(program.interface.example[0])], program.interface)
     batches = calibration if calibration is None or callable(calibration) else lambda: calibration
     task = Task(target=name, calibration=batches, inputs=binding, loss=loss, evaluate=evaluate, seed=seed)
-    return _typed(program), (task,)
+    return _typed(program), (task, *source)
+
+
+def _source(module: nn.Module) -> tuple[Fact, ...]:
+    """A model of transformers can be written as one."""
+    if "transformers" not in sys.modules:
+        return ()
+    from irprune.frontend import hf_pretrained
+
+    return (hf_pretrained.pretrained(module),) if hf_pretrained.is_pretrained(module) else ()
 
 
 def run(
@@ -218,22 +237,25 @@ def _run(program: Program, facts: Iterable[Fact], pipeline: Sequence[Pass], fold
     if folder is not None and not any(tensor.is_meta for tensor in program.tensors.values()):
         with doing("archive"):
             save_pt2(program, folder / ARCHIVE)
-    written = Manifest.model_validate(
+    told = Manifest.model_validate(
         {
             "target": task.target if task else "",
             "seed": task.seed if task else 0,
             "pipeline": unparse(step.of for step in timing.steps),
             "passes": manifest.applied(timing.steps),
             "model": {"before": _size(original), "after": _size(program)},
-            "files": manifest.hashes(folder) if folder is not None else {},
             "notes": notes(original),
             **manifest.noted(found),
         }
     )
     if folder is not None:
-        written.write(folder)
+        for fact in found:
+            if isinstance(fact, Note) and hasattr(fact, "complete"):
+                fact.complete(told)
+        told = told.model_copy(update={"files": manifest.hashes(folder)})
+        told.write(folder)
     rows = tuple(plan_table(plan, found[Groups], Cost(program))) if plan is not None else None
-    return Run(program, written, None, found, tuple(timing.steps), rows)
+    return Run(program, told, None, found, tuple(timing.steps), rows)
 
 
 def _pipeline(passes: str | Sequence[Pass] | None, config: str | os.PathLike[str] | None) -> list[Pass]:

@@ -140,6 +140,23 @@ class Original(Fact):
 
 
 @dataclass(frozen=True)
+class Pretrained(Fact):
+    """The Hugging Face model that the original program was traced from.
+
+    Attributes:
+        model: The model, whose tensors are the original program's.
+        config: Its configuration as the checkpoint has it.
+        companions: Writes what lies beside the weights (tokenizer, preprocessor, generation settings) into
+            a directory; gives notes for the user.
+    """
+
+    model: Any
+    config: Any = field(repr=False)
+    companions: Callable[[Path], list[str]] = field(repr=False)
+    lasting: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Task(Fact):
     """What the user's target says about data and quality. Any part may be missing.
 

@@ -42,7 +42,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         written = sorted(folder.iterdir(), key=lambda file: file == part)
         assert part in written, f"nothing was written for {path}"
         for file in written:
-            _flush(file)
+            flush(file)
         for file in written:
             os.replace(file, path.parent / file.name)
     except OSError as error:
@@ -149,9 +149,18 @@ def _merge(stage: Path, path: Path, artefacts: Collection[str], last: str | None
         (path / last).unlink(missing_ok=True)
     written = sorted(stage.iterdir(), key=lambda file: file.name == last)
     for name in set(artefacts) - {file.name for file in written}:
-        (path / name).unlink(missing_ok=True)
+        _remove(path / name)
     for file in written:
+        if file.is_dir():
+            _remove(path / file.name)
         os.replace(file, path / file.name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -171,7 +180,8 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(file: Path) -> None:
+def flush(file: Path) -> None:
+    """Wait until a file, or what a directory lists, is on the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -87,7 +87,7 @@ def run(
 
 def _check_promise(one: Pass, program: Program, result: Result) -> None:
     given = {type(fact) for fact in result.facts}
-    assert given >= set(one.gives), f"pass {one.name} did not give {_names(set(one.gives) - given)}"
+    assert given >= set(one.given()), f"pass {one.name} did not give {_names(set(one.given()) - given)}"
     undeclared = {kind for kind in given if not kind.lasting} - {*one.gives, *one.may_give}
     assert not undeclared, f"pass {one.name} gives {_names(undeclared)} without declaring it in 'gives' or 'may_give'"
     assert one.changes or result.program is program, f"pass {one.name} returns another program without declaring 'changes'"
@@ -113,7 +113,7 @@ def completed(passes: Sequence[Pass], known: Iterable[type[Fact]] = ()) -> list[
             out.append(step)
             if step.changes:
                 have = {kind for kind in have if kind.lasting}
-            have.update(step.gives)
+            have.update(step.given())
     return out
 
 
@@ -128,7 +128,7 @@ def _missing(one: Pass, have: set[type[Fact]], before: Sequence[Pass], callers: 
             raise PipelineError(f"pass '{one.name}' needs {kind.__name__}, which pass '{filler.name}' gives, which in turn needs this pass")
         steps = [*_missing(filler, have, before, (*callers, one)), filler]
         for step in steps:
-            have.update(step.gives)
+            have.update(step.given())
         yield from steps
 
 
@@ -137,10 +137,10 @@ def _filler(one: Pass, kind: type[Fact], before: Sequence[Pass]) -> Pass:
 
     A lasting fact is no analysis: what gives it writes a file or measures, which is for the user to ask.
     """
-    earlier = next((step for step in reversed(before) if kind in step.gives and not step.changes), None)
+    earlier = next((step for step in reversed(before) if kind in step.given() and not step.changes), None)
     if earlier is not None:
         return earlier
-    givers = [cls for cls in registry.loadable().values() if kind in cls.gives]
+    givers = [cls for cls in registry.loadable().values() if kind in (*cls.gives, *(cls.may_give if kind.lasting else ()))]
     fillers = [cls for cls in givers if not cls.changes and not any(info.is_required() for info in cls.model_fields.values())]
     if len(fillers) == 1 and not kind.lasting:
         return fillers[0]()

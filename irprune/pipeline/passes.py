@@ -90,6 +90,10 @@ class Pass(BaseModel):
     def run(self, program: Program, facts: Facts) -> Result:
         raise NotImplementedError
 
+    def given(self) -> tuple[type[Fact], ...]:
+        """What this run of it returns: ``gives``, and what its options ask for of ``may_give``."""
+        return self.gives
+
     def __str__(self) -> str:
         """The text form: ``name{key=value …}`` with the options that differ from the defaults."""
         from irprune.pipeline.parser import unparse

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,13 +26,14 @@ from irprune.analysis.plan import PlanRow, plan_table
 from irprune.backend.archive import save_pt2
 from irprune.backend.checkpoint import Recipe, save_recipe
 from irprune.backend.onnx import OnnxFile
-from irprune.errors import DataError, OptionError, PipelineError
+from irprune.errors import DataError, OptionError, PipelineError, ResumeError
 from irprune.frontend import export
 from irprune.frontend.batches import Binding
 from irprune.ir.facts import Fact, Groups, Note, Original, Plan, PruneReport, Task, Workspace
 from irprune.ir.program import Program
 from irprune.pipeline import files, manager, manifest, registry
 from irprune.pipeline.instruments import Timed, Timing, Untouched
+from irprune.pipeline.journal import Journal
 from irprune.pipeline.manager import Instrument
 from irprune.pipeline.manifest import Manifest
 from irprune.pipeline.parser import parse, parse_toml, unparse, write
@@ -151,6 +153,7 @@ def run(
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
     instruments: Sequence[Instrument] = (),
     seed: int = 0,
     **options: Any,
@@ -164,12 +167,17 @@ def run(
         out: The run directory; the first free ``runs/<target>-<n>`` if none is given.
         force: Replace what an earlier run left in ``out``.
         dry_run: Stop at the first pass that would change the program, and give its plan instead.
+        resume: Go on with what a killed run left in ``out`` (without one, in the newest unfinished
+            ``runs/<target>-<n>``), from its last finished pass; start where nothing was left. What is done
+            stays on disk if this process is stopped too, by an error or otherwise.
         instruments: Watchers of the passes.
         seed: Seed of everything random.
         options: As :func:`load` takes them.
 
     Raises:
-        IrpruneError: Anything that the user can do something about. Nothing stays on disk then.
+        IrpruneError: Anything that the user can do something about. Nothing stays on disk then, except
+            with ``resume``.
+        ResumeError: What was left is of another run, or damaged; or the run has finished.
     """
     pipeline = _pipeline(passes, config)
     if dry_run:
@@ -178,9 +186,21 @@ def run(
     if dry_run:
         return _run(*load(target, seed=seed, **options), pipeline, None, instruments)
     place = Path(out) if out is not None else Path("runs") / _stem(target)
-    with files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=manifest.NAME) as stage:
-        done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments)
+    if resume and not force and out is not None and finished(out) is not None:
+        raise ResumeError("the run has finished", where=str(out), hint="read its manifest.json, or run it again with --force")
+    last = manifest.NAME
+    with files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=last, resume=resume) as stage:
+        done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments, stage)
     return dataclasses.replace(done, path=stage.place)
+
+
+def finished(out: str | os.PathLike[str]) -> Manifest | None:
+    """The manifest of a directory's run if that has finished; leftovers of its making are removed."""
+    place = Path(out)
+    if not (place / manifest.NAME).is_file() or (place / files.PART).is_dir():
+        return None
+    shutil.rmtree(place / files.PARTIAL, ignore_errors=True)
+    return Manifest.read(place)
 
 
 def validate(
@@ -223,14 +243,28 @@ def groups(target: Target, *, freeze: Sequence[str] = (), **options: Any) -> tup
     return program, found[Groups]
 
 
-def _run(program: Program, facts: Iterable[Fact], pipeline: Sequence[Pass], folder: Path | None, instruments: Sequence[Instrument]) -> Run:
+def _run(
+    program: Program,
+    facts: Iterable[Fact],
+    pipeline: Sequence[Pass],
+    folder: Path | None,
+    instruments: Sequence[Instrument],
+    stage: files.Stage | None = None,
+) -> Run:
     """Run a pipeline on a loaded target and fill the run directory, if there is one."""
     original, timing = program, Timing()
     known: list[Fact] = [*facts, Original(original)]
     if folder is not None:
         known.append(Workspace(folder))
-    program, found = manager.run(pipeline, program, known, [timing, Untouched(), *instruments])
+    journal = None
+    if stage is not None:
+        steps = manager.completed(pipeline, [type(fact) for fact in known])
+        journal = Journal.at(stage.folder, original, steps, Facts(known).get(Task), resume=stage.resumed)
+    program, found = manager.run(pipeline, program, known, [timing, Untouched(), *instruments], journal)
     program = _typed(program)
+    if stage is not None and stage.complete:
+        told = Manifest.read(stage.folder if (stage.folder / manifest.NAME).is_file() else stage.place)
+        return Run(program, told, None, found, tuple(timing.steps))
     task, report, plan = found.get(Task), found.get(PruneReport), found.get(Plan)
     if folder is not None and report is not None:
         save_recipe(folder / RECIPE, Recipe.of(report, original, task.target if task else ""))

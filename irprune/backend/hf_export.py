@@ -128,7 +128,7 @@ class _Work:
     def __init__(self, program: Program, original: Program, source: Pretrained, known: Mapping[Place, hf_config.Factors]) -> None:
         self.program = program
         self.source = source
-        self.model_class = type(source.model)
+        self.model_class: Any = type(source.model)
         self.name = self.model_class.__name__
         self.dtype = source.model.dtype
         self.attention = getattr(source.model.config, "_attn_implementation", None)
@@ -400,7 +400,9 @@ def _used(program: Program) -> set[str]:
     return {*program.tensors, *(name for name, used in program.aliases.items() if used in program.tensors)}
 
 
-def _joined(a: Mapping[str, dict[str, tuple[int, int]]], b: Mapping[str, dict[str, tuple[int, int]]]) -> dict[str, dict[str, tuple[int, int]]]:
+def _joined(
+    a: Mapping[str, dict[str, tuple[int, int]]], b: Mapping[str, dict[str, tuple[int, int]]]
+) -> dict[str, dict[str, tuple[int, int]]]:
     """Two changes of attributes one after the other."""
     out = {path: dict(attributes) for path, attributes in a.items()}
     for path, attributes in b.items():

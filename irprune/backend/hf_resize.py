@@ -329,7 +329,9 @@ def check_files(folder: Path, *, contents: bool = True) -> None:
 
 
 def _damaged(path: Path, problem: str) -> DataError:
-    return DataError(problem, where=str(path), hint=f"copy the checkpoint again; if the weights were changed on purpose, remove {REFERENCE}")
+    return DataError(
+        problem, where=str(path), hint=f"copy the checkpoint again; if the weights were changed on purpose, remove {REFERENCE}"
+    )
 
 
 def header(folder: Path) -> dict[str, Any]:
@@ -366,7 +368,8 @@ def compare(model: Any, folder: Path) -> float:
         limit = max(TOLERANCE.get(dtype, 2e-4), TOLERANCE.get(want.dtype, 2e-4))
         if not error <= limit:
             raise ParityError(
-                f"output {name.removeprefix('output.')} differs from the reference by {error:.2g} of its largest value; {limit:.2g} is allowed",
+                f"output {name.removeprefix('output.')} differs from the reference by {error:.2g} of its largest value, "
+                f"more than {limit:.2g}",
                 where=str(folder / REFERENCE),
                 hint="use the version of transformers that the directory's README.md names",
             )

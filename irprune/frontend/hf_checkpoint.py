@@ -150,23 +150,22 @@ class Checkpoint:
         notes: list[str] = []
 
         def made(options: dict[str, Any]) -> Any:
+            own_sizes = Resizing.of(self.config)
             if meta:
                 if dtype == "auto":
                     options = {**options, "dtype": self.config.dtype or "float32"}
                 make = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
                 with torch.device("meta"):
                     model = make(self.config, **options)
-                own_sizes = Resizing.of(self.config)
                 if own_sizes is not None:
                     own_sizes.apply(model)
                 return model
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 options = {**options, **self.where, **({"trust_remote_code": True} if self.code else {})}
-                own_sizes = Resizing.of(self.config) is not None
-                kind = resized(model_class) if own_sizes else model_class
+                kind: Any = resized(model_class) if own_sizes is not None else model_class
                 model, report = kind.from_pretrained(self.location, config=self.config, output_loading_info=True, **options)
-                model.__class__ = model_class if own_sizes else type(model)
+                model.__class__ = model_class if own_sizes is not None else type(model)
             missing = sorted(report["missing_keys"])
             if missing:
                 notes.append(f"the checkpoint lacks {_listed(missing)}: newly initialised from the seed")

@@ -19,7 +19,13 @@ from irprune.frontend.hf_checkpoint import Checkpoint, quiet
 from irprune.ir.facts import Pretrained
 
 # Beside weights and configuration: what sentence-transformers reads, by name, in a directory.
-_SENTENCE = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "*_Pooling/config.json", "*_Normalize/*.json")
+_SENTENCE = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "*_Pooling/config.json",
+    "*_Normalize/*.json",
+)
 
 
 def load_pretrained(path: str | os.PathLike[str], *, verify: bool = True, trust_remote_code: bool = False, **options: Any) -> Any:

@@ -121,7 +121,7 @@ class Importance(Fact):
 
     scores: Mapping[str, npt.NDArray[np.float64]]
     criterion: str = ""
-    rescore: Callable[[Program, Groups], Importance] | None = field(default=None, repr=False, compare=False)
+    rescore: Callable[[Program, Groups], Importance] | None = field(default=None, repr=False, compare=False, metadata={"live": True})
 
 
 @dataclass(frozen=True)
@@ -187,9 +187,13 @@ class Workspace(Fact):
 
     Attributes:
         path: The run directory.
+        progress: A folder for the progress of the pass that runs, which it makes when it needs it. What a
+            pass leaves there it finds again when a killed run goes on; when it has finished, the folder goes.
+            ``None`` where nothing is kept.
     """
 
     path: Path
+    progress: Path | None = None
     lasting: ClassVar[bool] = True
 
 

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-MODEL = '''
+MODEL = """
 import torch
 from torch import nn
 
@@ -58,7 +58,7 @@ def calibration():
 
 def loss(outputs, batch):
     return nn.functional.cross_entropy(outputs, batch[1])
-'''
+"""
 PASSES = "score{criterion=taylor},prune{ratio=0.2 round_to=2},score{criterion=taylor},prune{ratio=0.2 round_to=2},export"
 _WRITING = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 
@@ -139,8 +139,6 @@ def main() -> int:
     parser.add_argument("--passes", default=PASSES)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    import irprune.api
-    import irprune.frontend.target  # so that children need not import
 
     rng = random.Random(given.seed)
     with tempfile.TemporaryDirectory(prefix="irprune-kill-") as scratch:

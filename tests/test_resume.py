@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,10 +86,9 @@ def contents(out: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stop, "times", [0])
     monkeypatch.setattr(Stop, "runs", [])
-    yield
 
 
 @pytest.mark.parametrize("stop_before", [1, 2, 4])
@@ -200,9 +198,9 @@ def test_a_disk_that_is_full_while_the_journal_is_written(tmp_path: Path, monkey
 
 
 def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
-    with staged(tmp_path / "out", resume=True), pytest.raises(OutputError, match="another process is writing this directory"):
-        with staged(tmp_path / "out", resume=True):
-            pass
+    refused = pytest.raises(OutputError, match="another process is writing this directory")
+    with staged(tmp_path / "out", resume=True), refused, staged(tmp_path / "out", resume=True):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -268,12 +266,8 @@ def test_a_process_that_was_killed_goes_on_from_the_command_line(tmp_path: Path)
 
 
 def test_the_newest_unfinished_run_is_gone_on_with(tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(Stopped), staged(tmp_path / "net", numbered=True, resume=False) as stage:
-            os.rename(stage.folder, tmp_path / "saved")
-            raise Stopped
     (tmp_path / f".net-1{PART}").mkdir()
-    os.rename(tmp_path / "saved", tmp_path / f".net-3{PART}")
+    (tmp_path / f".net-3{PART}").mkdir()
     with staged(tmp_path / "net", numbered=True, resume=True) as stage:
         assert stage.place.name == "net-3"
         assert stage.resumed

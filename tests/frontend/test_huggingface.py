@@ -79,7 +79,7 @@ def bert(save: Save) -> str:
 
 def loaded(target: str, **options: Any) -> tuple[Program, Task]:
     program, facts = load(target, **{"sequence": 16, **options})
-    (task,) = facts
+    task = next(fact for fact in facts if isinstance(fact, Task))
     assert isinstance(task, Task)
     return program, task
 
@@ -429,7 +429,7 @@ def test_missing_weights_and_weights_of_another_shape(llama: str, tmp_path: Path
     assert isinstance(error, TargetError)
     assert "no file named model.safetensors" in error.message
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    assert error_of(f"hf:{tmp_path}").message.startswith("transformers cannot load it: SafetensorError")
+    assert error_of(f"hf:{tmp_path}").message.startswith("the file is cut off or no safetensors file: ")
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}), encoding="utf-8")
     assert error_of(f"hf:{tmp_path}").message.startswith("transformers cannot load it: RuntimeError")

@@ -41,6 +41,7 @@ from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
 ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
+ARTEFACTS += ("adapter_config.json", "adapter_model.safetensors")
 
 Target = str | os.PathLike[str] | nn.Module | Program
 

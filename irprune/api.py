@@ -29,7 +29,7 @@ from irprune.frontend import export
 from irprune.frontend.batches import Binding
 from irprune.ir.facts import Fact, Groups, Original, Plan, PruneReport, Task, Workspace
 from irprune.ir.program import Program
-from irprune.pipeline import files, manager, manifest, registry
+from irprune.pipeline import files, manager, manifest, processes, registry
 from irprune.pipeline.instruments import Timed, Timing, Untouched
 from irprune.pipeline.manager import Instrument
 from irprune.pipeline.manifest import Manifest
@@ -40,8 +40,11 @@ from irprune.report.tables import notes
 from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
-ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
-ARTEFACTS += ("adapter_config.json", "adapter_model.safetensors")
+ARTEFACTS = (
+    *(manifest.NAME, RECIPE, ARCHIVE),
+    *("model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data"),
+    *("adapter_config.json", "adapter_model.safetensors"),
+)
 
 Target = str | os.PathLike[str] | nn.Module | Program
 
@@ -150,6 +153,9 @@ def run(
         seed: Seed of everything random.
         options: As :func:`load` takes them.
 
+    Under ``torchrun`` every process runs the pipeline, passes that train share the work, and the first
+    process alone writes the run directory.
+
     Raises:
         IrpruneError: Anything that the user can do something about. Nothing stays on disk then.
     """
@@ -160,7 +166,10 @@ def run(
     if dry_run:
         return _run(*load(target, seed=seed, **options), pipeline, None, instruments)
     place = Path(out) if out is not None else Path("runs") / _stem(target)
-    with files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=manifest.NAME) as stage:
+    if not processes.leads():
+        with processes.joined(), tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
+            return _run(*load(target, seed=seed, **options), pipeline, Path(scratch), instruments)
+    with processes.joined(), files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=manifest.NAME) as stage:
         done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments)
     return dataclasses.replace(done, path=stage.place)
 
@@ -187,6 +196,12 @@ def validate(
     old = Manifest.read(folder)
     if old.onnx is None:
         raise DataError("the run wrote no ONNX file", where=str(folder), hint="run the target again with the pass export")
+    if "recovery" in (old.model_extra or {}):
+        raise DataError(
+            "the run trained the weights, which its recipe does not replay",
+            where=str(folder),
+            hint="put `validate` into the pipeline of the run itself",
+        )
     _check_files(folder, old)
     replay = "apply{recipe=" + write(folder / RECIPE) + "}," if (folder / RECIPE).exists() else ""
     pipeline = parse(f"{replay}validate{{{options}}}")

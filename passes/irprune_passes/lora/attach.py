@@ -54,7 +54,7 @@ class Lora(Pass):
     changes: ClassVar[bool] = True
 
     r: int = Field(8, ge=1, description="Rank; of each group for a grouped convolution.")
-    alpha: float = Field(16, gt=0, description="The adapter's output is multiplied by alpha / r.")
+    alpha: float = Field(16.0, gt=0, description="The adapter's output is multiplied by alpha / r.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Part of an adapter's input that is dropped in training; not for embeddings.")
     targets: Names = Field((), description="Weights or modules, as patterns: `*.q_proj`, `*.mlp`. Empty: all of the chosen kinds.")
     kinds: Annotated[tuple[Kind, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = Field(

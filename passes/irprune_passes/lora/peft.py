@@ -126,7 +126,7 @@ def read(folder: Path, program: Program) -> Iterator[Loaded]:
     """
     config, tensors = _config(folder / CONFIG), _tensors(folder / TENSORS)
     known = sites(program)
-    left = dict(tensors)
+    left = {key: tensor for key, tensor in tensors.items() if not _copied(program, key, tensor)}
     for site in known.values():
         keys = [_key(name) for name in site.names()]
         if any(key not in left for key in keys):
@@ -148,6 +148,13 @@ def read(folder: Path, program: Program) -> Iterator[Loaded]:
         name = next(iter(left), None)
         found = "the file has no adapter" if name is None else f"the program has no weight that {name} fits"
         raise DataError(found, where=str(folder / TENSORS), hint="load it for the model that it was trained on")
+
+
+def _copied(program: Program, key: str, tensor: torch.Tensor) -> bool:
+    """Whether PEFT has put a weight beside its adapter as the program has it (it does so for embeddings)."""
+    name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    own = program.tensors.get(program.aliases.get(name, name))
+    return ".base_layer." in key and own is not None and torch.equal(own.detach().cpu(), tensor.to(own.dtype))
 
 
 def _config(path: Path) -> dict[str, Any]:

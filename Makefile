@@ -1,4 +1,5 @@
 # make demo    set up, then prune a classifier trained on the spot, export it and validate it
+# make demo-llm  set up, then prune a small LLaMA trained on the spot, recover it with adapters, export it; it writes before and after
 # make test    set up, then run the tests
 # make lint    set up, then check style, format and types
 # make real    set up, then run the end-to-end tests on two trained models, which come as packages
@@ -9,10 +10,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.irprune
 PYTHON ?= $(firstword $(foreach name,python3.11 python3 python3.12 python3.13,$(shell command -v $(name))))
 
-.PHONY: demo test lint real docs
+LLM := score{criterion=taylor batches=8},prune{ratio=0.25},lora,recover{logits=1 lr=3e-3 epochs=3},merge,export,validate{seconds=2}
+
+.PHONY: demo demo-llm test lint real docs
 
 demo: $(STAMP)
 	$(BIN)/irprune run examples/digits.py --passes 'score{criterion=taylor},prune{ratio=0.5 steps=8},export,validate{seconds=2}'
+
+demo-llm: $(STAMP)
+	$(BIN)/irprune run examples/tiny_llama.py --passes '$(LLM)'
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto

@@ -31,7 +31,7 @@ from irprune.frontend import export
 from irprune.frontend.batches import Binding
 from irprune.ir.facts import Fact, Groups, Note, Original, Plan, PruneReport, Task, Workspace
 from irprune.ir.program import Program
-from irprune.pipeline import files, manager, manifest, registry
+from irprune.pipeline import files, manager, manifest, processes, registry
 from irprune.pipeline.instruments import Timed, Timing, Untouched
 from irprune.pipeline.journal import Journal
 from irprune.pipeline.manager import Instrument
@@ -44,7 +44,8 @@ from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
 ONNX = ("model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
-ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "vocabulary.json", *ONNX, "hf")
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
+ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "vocabulary.json", *ONNX, *ADAPTERS, "hf")
 
 Target = str | os.PathLike[str] | nn.Module | Program
 
@@ -175,6 +176,9 @@ def run(
         seed: Seed of everything random.
         options: As :func:`load` takes them.
 
+    Under ``torchrun`` every process runs the pipeline, passes that train share the work, and the first
+    process alone writes the run directory.
+
     Raises:
         IrpruneError: Anything that the user can do something about. Nothing stays on disk then, except
             with ``resume``.
@@ -189,8 +193,11 @@ def run(
     place = Path(out) if out is not None else Path("runs") / _stem(target)
     if resume and not force and out is not None and finished(out) is not None:
         raise ResumeError("the run has finished", where=str(out), hint="read its manifest.json, or run it again with --force")
-    last = manifest.NAME
-    with files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=last, resume=resume) as stage:
+    if not processes.leads():
+        with processes.joined(), tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
+            return _run(*load(target, seed=seed, **options), pipeline, Path(scratch), instruments)
+    staging = files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=manifest.NAME, resume=resume)
+    with processes.joined(), staging as stage:
         done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments, stage)
     return dataclasses.replace(done, path=stage.place)
 
@@ -226,6 +233,12 @@ def validate(
     old = Manifest.read(folder)
     if old.onnx is None:
         raise DataError("the run wrote no ONNX file", where=str(folder), hint="run the target again with the pass export")
+    if "recovery" in (old.model_extra or {}):
+        raise DataError(
+            "the run trained the weights, which its recipe does not replay",
+            where=str(folder),
+            hint="put `validate` into the pipeline of the run itself",
+        )
     _check_files(folder, old)
     replay = "apply{recipe=" + write(folder / RECIPE) + "}," if (folder / RECIPE).exists() else ""
     pipeline = parse(f"{replay}validate{{{options}}}")

@@ -259,11 +259,11 @@ def _console(*, stderr: bool = False) -> Console:
 @contextmanager
 def _watching(quiet: bool, print_ir_after: list[str] | None = None) -> Iterator[list[Instrument]]:
     """The instruments of a command, with progress shown on a terminal."""
-    from irprune.pipeline import registry
+    from irprune.pipeline import processes, registry
     from irprune.pipeline.instruments import PrintIR, Progress
 
     console = _console(stderr=True)
-    console.quiet = quiet
+    console.quiet = quiet or not processes.leads()
     for name in print_ir_after or ():
         registry.find(name, where="--print-ir-after")
     progress = Progress(console)
@@ -295,8 +295,11 @@ def _say(lines: Any) -> None:
 def _show(done: Run, *, timing: bool, quiet: bool) -> None:
     """The end of a run: what was measured, before and after, and where it lies."""
     from irprune.pipeline.instruments import timing_table
+    from irprune.pipeline.processes import leads
     from irprune.report import tables
 
+    if not leads():
+        return
     if timing:
         _console(stderr=True).print(timing_table(done.steps))
     if quiet:

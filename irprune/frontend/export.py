@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from irprune.errors import DataError, TargetError, TraceError
 from irprune.frontend import axes, blame
 from irprune.ir.dims import as_size
+from irprune.ir.edit import place
 from irprune.ir.program import Interface, Program, attribute
 
 _KEPT_META = ("val", "stack_trace", "nn_module_stack")
@@ -305,22 +306,9 @@ def _untie(module: torch.nn.Module, traced: fx.GraphModule) -> dict[str, str]:
             node.replace_all_uses_with(holder)
             traced.graph.erase_node(node)
         elif name != node.target:
-            _place(traced, name, attribute(traced, str(node.target)))
+            place(traced, name, attribute(traced, str(node.target)))
             node.target = name
     return aliases
-
-
-def _place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Register a tensor under a dotted name, with the containers that it needs."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if not hasattr(module, part):
-            module.add_module(part, torch.nn.Module())
-        module = getattr(module, part)
-    if isinstance(tensor, torch.nn.Parameter):
-        module.register_parameter(leaf, tensor)
-    else:
-        module.register_buffer(leaf, tensor)
 
 
 def _select_outputs(

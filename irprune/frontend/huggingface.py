@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from irprune.errors import TargetError, TraceError
+from irprune.errors import DataError, TargetError, TraceError
 from irprune.frontend import text
 from irprune.frontend.batches import Binding, counted, read
 from irprune.frontend.export import trace
@@ -65,7 +65,8 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
     Args:
         target: ``hf:`` and a directory with ``config.json``, a ``.gguf`` file in a directory or
             repository, or a hub id. Local files are preferred to the hub.
-        calibration: ``.txt``; ``.jsonl`` with a ``text`` in each line; or samples by input name
+        calibration: ``.txt``; ``.jsonl`` with a ``text``, or a ``prompt`` and a ``response`` (the prompt does
+            not count in the loss), in each line; or samples by input name
             (``.safetensors``, ``.npz``, ``.jsonl``).
         seed: Seed of inputs that are no text, and of weights that the checkpoint lacks.
         options: What can be set.
@@ -87,8 +88,9 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
     if reason is not None:
         notes.append(f"there is no tokenizer, so no calibration text: {reason}")
     rows, file = None, calibration
+    instructions = text.pairs(Path(calibration)) if calibration is not None else None
     if tokenizer is not None:
-        given = text.read(Path(calibration)) if calibration is not None else text.shipped()
+        given = None if instructions else text.read(Path(calibration)) if calibration is not None else text.shipped()
         if given is not None:
             rows, file = text.windows(tokenizer, given, reader.length, framed=reader.framed), None
     if rows is None and file is None and not reader.reads_text and not options.meta:
@@ -98,13 +100,15 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
     program = _noted(program, [*notes, *_unused(model, program)])
     task = Task(target=target, inputs=Binding([], program.interface), seed=seed)
     source = pretrained(model, checkpoint)
-    if options.meta or (file is None and rows is None and reader.reads_text):
+    files = _Files(reader, program, tokenizer, options, seed)
+    if options.meta or (instructions is None and file is None and rows is None and reader.reads_text):
         return program, (task, source)
     if file is not None:
-        data = _parted(list(counted(read(Path(file), Binding([], program.interface)), file)))
+        data = _parted(files.batches(Path(file)))
     else:
         data = _derived(reader, program, rows, options, seed)
-    return program, (_with_data(task, _objective(kind, program, tokenizer), *data, tuple(program.interface.example[1])), source)
+    names = tuple(program.interface.example[1])
+    return program, (_with_data(task, _objective(kind, program, tokenizer), *data, names, files), source)
 
 
 def _objective(kind: Kind, program: Program, tokenizer: Any | None) -> Objective:
@@ -115,14 +119,68 @@ def _objective(kind: Kind, program: Program, tokenizer: Any | None) -> Objective
     return Objective(kind, program, mask, tuple(getattr(tokenizer, "all_special_ids", ())))
 
 
-def _with_data(task: Task, objective: Objective, calibrate: list[Batch], held_out: list[Batch], names: tuple[str, ...]) -> Task:
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Reads batches from files: text, instructions, or samples by input name."""
+
+    reader: Reader
+    program: Program
+    tokenizer: Any | None
+    options: Options
+    seed: int
+
+    def batches(self, path: Path) -> list[Batch]:
+        """All of a file, in its order.
+
+        Raises:
+            DataError: The file is missing, not of these kinds, or does not fit the inputs.
+        """
+        instructions = text.pairs(path)
+        if instructions is not None:
+            return self._masked(path, instructions)
+        content = text.read(path) if self.tokenizer is not None else None
+        if content is None:
+            return list(counted(read(path, Binding([], self.program.interface)), str(path)))
+        rows = text.windows(self.tokenizer, content, self.reader.length, framed=self.reader.framed)
+        return _cut(self.reader, self.program, rows, self.options.batch, torch.Generator().manual_seed(self.seed + 1))
+
+    def _masked(self, path: Path, instructions: list[tuple[str, str]]) -> list[Batch]:
+        """Samples of like length share a batch, so that little is filled up."""
+        if self.reader.kind != "causal-lm" or self.tokenizer is None:
+            raise DataError("prompts and responses need a causal language model with a tokenizer", where=str(path), hint="give plain text")
+        rows = sorted(text.masked(self.tokenizer, instructions, self.reader.length), key=lambda row: len(row[0]))
+        if not rows:
+            raise DataError(f"no response begins within {self.reader.length} tokens", where=str(path), hint="raise `sequence`")
+        filler = next((token for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if token is not None), 0)
+        dynamic = self.program.interface.dynamic[0]
+        size, width = self.options.batch, None if 1 in dynamic else self.reader.length
+        pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+        made = [text.padded(piece, filler, width) for piece in pieces if len(piece) == size or 0 in dynamic]
+        order = torch.randperm(len(made), generator=torch.Generator().manual_seed(self.seed))
+        return [made[index] for index in order.tolist()]
+
+
+def _with_data(
+    task: Task, objective: Objective, calibrate: list[Batch], held_out: list[Batch], names: tuple[str, ...], files: _Files
+) -> Task:
     def prepared(raw: list[Batch]) -> Iterator[Batch]:
         return map(objective.prepared, raw)
 
     def evaluate(predict: Callable[..., Any]) -> dict[str, float]:
         return objective.evaluate(predict, prepared(held_out), names)
 
-    return dataclasses.replace(task, calibration=lambda: prepared(calibrate), loss=objective.loss, evaluate=evaluate)
+    def other(path: Path) -> Callable[[], Iterator[Batch]]:
+        raw = files.batches(path)
+        return lambda: prepared(raw)
+
+    return dataclasses.replace(
+        task,
+        calibration=lambda: prepared(calibrate),
+        loss=objective.loss,
+        evaluate=evaluate,
+        positions=objective.positions,
+        read=other,
+    )
 
 
 def _parted(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -177,14 +235,18 @@ def _derived(reader: Reader, program: Program, rows: torch.Tensor | None, option
         count = -(-options.windows // options.batch)
         noise = [reader.batch(names, options.batch, generator) for _ in range(2 * count)]
         return noise[:count], noise[count:]
-    whole_only = 0 not in program.interface.dynamic[0]
-
-    def cut(part: torch.Tensor) -> list[Batch]:
-        pieces = [piece for piece in part.split(options.batch) if len(piece) == options.batch or not whole_only]
-        return [reader.batch(names, len(piece), generator, piece) for piece in pieces]
-
     calibrate, held_out = text.parted(rows)
-    return cut(calibrate[: options.windows]), cut(held_out[: 4 * options.windows])
+    return tuple(  # type: ignore[return-value]
+        _cut(reader, program, part, options.batch, generator) for part in (calibrate[: options.windows], held_out[: 4 * options.windows])
+    )
+
+
+def _cut(reader: Reader, program: Program, rows: torch.Tensor, size: int, generator: torch.Generator) -> list[Batch]:
+    """Rows of text as batches; the last one may be smaller where the program allows it."""
+    names = tuple(program.interface.example[1])
+    whole_only = 0 not in program.interface.dynamic[0]
+    pieces = [piece for piece in rows.split(size) if len(piece) == size or not whole_only]
+    return [reader.batch(names, len(piece), generator, piece) for piece in pieces]
 
 
 def _unused(model: torch.nn.Module, program: Program) -> list[str]:

@@ -171,6 +171,9 @@ class Task(Fact):
         loss: Outputs and batch to a scalar tensor.
         evaluate: Takes ``predict(*args, **kwargs) -> outputs as the model returns them`` and gives
             metrics by name (larger is better unless the name says ``loss`` or ``perplexity``).
+        positions: Batch to a boolean tensor over the leading axes of the first output: what counts in the
+            loss. ``None``, also as a result, where all do.
+        read: Fresh batches from another file, as the loader reads calibration data.
         seed: Seed of everything random.
     """
 
@@ -179,6 +182,8 @@ class Task(Fact):
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     loss: Callable[[Any, Any], Any] | None = None
     evaluate: Callable[[Callable[..., Any]], dict[str, float]] | None = None
+    positions: Callable[[Any], Any] | None = None
+    read: Callable[[Path], Callable[[], Iterable[Any]]] | None = None
     seed: int = 0
     lasting: ClassVar[bool] = True
 

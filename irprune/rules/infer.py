@@ -341,7 +341,10 @@ def _visit(node: fx.Node, program: Program, types: Types) -> None:
         return
     if node.op == "get_attr":
         tensor = program.tensors[str(node.target)]
-        types.axes[node.name] = tuple(types.dims.fresh(int(size)) for size in tensor.shape)
+        axes = tuple(types.dims.fresh(int(size)) for size in tensor.shape)
+        types.axes[node.name] = axes
+        for axis, why in node.meta.get("freeze", {}).items():
+            types.dims.freeze(axes[axis], why)
         return
     if node.target is operator.getitem:
         source, place = node.args

@@ -379,6 +379,49 @@ def test_bad_text(llama: str, tmp_path: Path, name: str, content: bytes | None, 
     assert error.hint
 
 
+def test_prompts_do_not_count(llama: str, tmp_path: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """Labels are the response and the end of text; what fills a row up has none; a step's weight is what counts."""
+    lines = [
+        {"prompt": "Say a word: ", "response": "tree"},
+        {"prompt": "One: ", "response": "two three four"},
+        {"prompt": "A" * 500, "response": "x"},
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    _, task = loaded(llama, calibration=str(tmp_path / "train.jsonl"), sequence=24)
+    assert task.calibration is not None
+    assert task.read is not None
+    assert task.positions is not None
+    assert task.loss is not None
+    (batch,) = task.read(tmp_path / "train.jsonl")()
+    (first,) = task.calibration()
+    assert all(torch.equal(first[key], value) for key, value in batch.items())
+    rows = {tokenizer.decode(ids[labels != -100]): (ids, labels) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)}
+    assert {"".join(key.replace("Ġ", "").split()) for key in rows} == {"tree", "twothreefour"}
+    counts = task.positions(batch)
+    assert counts.shape == batch["labels"].shape
+    assert int(counts.sum()) == int((batch["labels"] != -100).sum())
+    logits = torch.randn(*batch["labels"].shape, 512, generator=torch.Generator().manual_seed(0))
+    each = torch.nn.functional.cross_entropy(logits[counts], batch["labels"].roll(-1, 1)[counts])
+    torch.testing.assert_close(task.loss(logits, batch), each)
+
+
+def test_a_response_ends_with_the_end_of_text() -> None:
+    class Letters:
+        eos_token_id = 0
+
+        def __call__(self, content: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [*([1] if add_special_tokens else []), *map(ord, content), *([0] if add_special_tokens else [])]}
+
+    samples = [("ab", "c"), ("ab", "cdefgh"), ("abcdefgh", "c")]
+    rows = text.masked(Letters(), samples, 6)
+    assert rows == [
+        ([1, 97, 98, 99, 0], [-100, -100, -100, 99, 0]),
+        ([1, 97, 98, 99, 100, 101], [-100, -100, -100, 99, 100, 101]),
+    ]
+    assert text.padded(rows, 7)["input_ids"][0].tolist() == [1, 97, 98, 99, 0, 7]
+    assert text.padded(rows, 7)["labels"][0].tolist() == [-100, -100, -100, 99, 0, -100]
+
+
 def test_without_a_tokenizer_there_is_no_calibration(save: Save) -> None:
     config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
     program, task = loaded(save(transformers.LlamaForCausalLM, config, name="mute", with_tokenizer=False))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import sympy
 import torch
 from torch import fx
@@ -16,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from irprune.ir.dims import Mask, Size, Term, Var, as_size, kept_size, mask_of, resolve, term_size, variables
-from irprune.ir.program import Axes, Program, Types, set_tensor
+from irprune.ir.program import Axes, Program, Runner, Source, Types, set_tensor
 from irprune.rules.infer import UNIFORM, typed
 from irprune.rules.registry import bind, op_name, registry
 
@@ -65,12 +68,49 @@ class Shrink:
         share = sympy.cancel(sympy.sympify(self.size(term)) / term_size(resolve(term)))
         return int(share.p), int(share.q)
 
+    def positions(self, term: Term, length: int) -> npt.NDArray[np.int64] | None:
+        """The kept positions of an axis; ``None`` where all stay."""
+        return np.flatnonzero(self.mask(term, length)) if self.touched(term) else None
+
     def slice(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
         """The kept part of a tensor; the tensor itself where nothing is removed."""
         for dim, term in enumerate(axes):
-            if self.touched(term):
-                index = torch.from_numpy(np.flatnonzero(self.mask(term, tensor.shape[dim]))).to(tensor.device)
-                tensor = tensor.index_select(dim, index)
+            kept = self.positions(term, tensor.shape[dim])
+            if kept is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(kept).to(tensor.device))
+        return tensor
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The kept part of tensors of another source.
+
+    Attributes:
+        of: The source.
+        kept: Name to one array of kept positions per axis, ``None`` where all stay.
+        held: Tensors that the other source does not have.
+    """
+
+    of: Source
+    kept: Mapping[str, tuple[npt.NDArray[np.int64] | None, ...]]
+    held: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows of the kept part of a tensor; no more rows of the whole are read than lie between them."""
+        if name in self.held:
+            return self.held[name] if start == 0 and stop is None else self.held[name][start:stop]
+        rows, *others = self.kept.get(name, (None,))
+        if rows is None:
+            tensor = self.of.read(name, start, stop)
+        else:
+            wanted = rows[start:stop]
+            first, last = (int(wanted[0]), int(wanted[-1]) + 1) if len(wanted) else (0, 0)
+            tensor = self.of.read(name, first, last)
+            if len(wanted) != last - first:
+                tensor = tensor.index_select(0, torch.from_numpy(wanted - first))
+        for axis, positions in enumerate(others, 1):
+            if positions is not None:
+                tensor = tensor.index_select(axis, torch.from_numpy(positions))
         return tensor
 
 
@@ -207,19 +247,28 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
             rw = Resize(node, old_nodes[node.name], shrink)
             entry.resize(rw, **bind(node.target, node.args, dict(node.kwargs)))
     new = program.with_graph(graph)
-    _slice_constants(program, new, shrink)
+    held = _slice_constants(program, new, shrink)
+    kept: dict[str, tuple[npt.NDArray[np.int64] | None, ...]] = {}
     for name, node in program.holders.items():
-        sliced = shrink.slice(program.tensors[name].detach(), types.of(node.name))
-        if sliced.shape != program.tensors[name].shape:
+        tensor, axes = program.tensors[name].detach(), types.of(node.name)
+        sliced = shrink.slice(tensor, axes)
+        if sliced.shape != tensor.shape:
             set_tensor(new.module, name, sliced.contiguous())
+            kept[name] = tuple(shrink.positions(term, size) for term, size in zip(axes, tensor.shape, strict=True))
+    if program.source is not None:
+        new = dataclasses.replace(new, source=Sliced(program.source, kept, held))
     new.module.graph.eliminate_dead_code()
     new.module.recompile()
     _describe(program, new, shrink)
     return typed(new)
 
 
-def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
-    """Compute constants that are or read a shrunk value, once, and keep the wanted part as a buffer."""
+def _slice_constants(program: Program, new: Program, shrink: Shrink) -> dict[str, torch.Tensor]:
+    """Compute constants that are or read a shrunk value, once, and keep the wanted part as a buffer.
+
+    Returns:
+        For a program whose data lies elsewhere the values of these buffers, which are then without data.
+    """
     types = program.typing
     wanted = []
     for node in program.nodes:
@@ -227,13 +276,15 @@ def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
             continue
         if any(shrink.any(types.axes.get(value.name)) for value in (node, *node.all_input_nodes)):
             wanted.append(node)
+    held: dict[str, torch.Tensor] = {}
     if not wanted:
-        return
+        return held
     values: dict[fx.Node, Any] = {}
+    runner = Runner(program)
 
     def value(node: fx.Node) -> Any:
         if node not in values:
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+            args, kwargs = runner.arguments(*fx.map_arg((node.args, dict(node.kwargs)), value))
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values[node]
 
@@ -244,12 +295,16 @@ def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
         if isinstance(axes, list) or not isinstance(result, torch.Tensor):
             continue
         name = _free_name(new.module, f"_constant_{number}")
-        new.module.register_buffer(name, shrink.slice(result, axes).contiguous())
+        sliced = shrink.slice(result, axes).contiguous()
+        if program.source is not None:
+            held[name], sliced = sliced, sliced.to("meta")
+        new.module.register_buffer(name, sliced)
         old = by_name[node.name]
         with new.module.graph.inserting_before(old):
             holder = new.module.graph.get_attr(name)
         holder.meta = dict(old.meta)
         old.replace_all_uses_with(holder)
+    return held
 
 
 def _free_name(module: torch.nn.Module, name: str) -> str:

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
@@ -42,6 +43,9 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+Loading = Literal["whole", "meta", "lazy"]
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,8 @@ class Checkpoint:
                 return model_class, kind
         return model_class, "causal-lm" if own.get(name) == "AutoModelForCausalLM" else "encoder"
 
-    def build(self, *, dtype: str, attention: str, meta: bool, seed: int) -> tuple[Any, Kind, list[str]]:
-        """The model with its weights, or on the meta device without them.
+    def build(self, *, dtype: str, attention: str, how: Loading, seed: int) -> tuple[Any, Kind, list[str]]:
+        """The model with its weights (``whole``), on the meta device (``meta``), or so with its buffers in memory (``lazy``).
 
         Returns:
             The model in evaluation mode, the kind of its task, and notes for the user.
@@ -144,12 +148,14 @@ class Checkpoint:
         notes: list[str] = []
 
         def made(options: dict[str, Any]) -> Any:
-            if meta:
+            if how != "whole":
                 if dtype == "auto":
                     options = {**options, "dtype": self.config.dtype or "float32"}
                 make = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-                with torch.device("meta"):
-                    return make(self.config, **options)
+                with torch.device("meta") if how == "meta" else _parameters_on_meta():
+                    model = make(self.config, **options)
+                model.tie_weights()
+                return model
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 options = {**options, **self.where, **({"trust_remote_code": True} if self.code else {})}
@@ -176,6 +182,22 @@ class Checkpoint:
 
     # -- what lies beside it ----------------------------------------------------------------------
 
+    def folder(self) -> Path:
+        """The directory with the weights, in the hub's cache for a hub id.
+
+        Raises:
+            TargetError: It has no safetensors files.
+        """
+        if Path(self.location).is_dir():
+            return Path(self.location)
+        where = {key: value for key, value in self.where.items() if key != "gguf_file"}
+        for name in ("model.safetensors.index.json", "model.safetensors"):
+            with contextlib.suppress(OSError):
+                found = cached_file(self.location, name, **where)
+                if found is not None:
+                    return Path(found).parent
+        raise TargetError("it holds no safetensors weights", where=self.target, hint="load it without lazy")
+
     def tokenizer(self) -> tuple[Any | None, str | None]:
         """The tokenizer, or the reason why there is none."""
         try:
@@ -192,6 +214,34 @@ class Checkpoint:
             return {}
         settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         return settings if isinstance(settings, dict) else {}
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules that are built have their parameters on the meta device, and their buffers in memory with their values."""
+    register = torch.nn.Module.register_parameter
+
+    def registered(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = torch.nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    with no_init_weights():
+        torch.nn.Module.register_parameter = registered  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def to_meta(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Move a model's buffers to the meta device. Returns them, by name."""
+    held = dict(model.named_buffers())
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to("meta")
+    return held
 
 
 def _names(table: str) -> dict[str, tuple[str, ...]]:

@@ -19,9 +19,10 @@ from irprune.errors import TargetError, TraceError
 from irprune.frontend import text
 from irprune.frontend.batches import Binding, counted, read
 from irprune.frontend.export import trace
-from irprune.frontend.hf_checkpoint import Checkpoint, quiet
+from irprune.frontend.hf_checkpoint import Checkpoint, Loading, quiet, to_meta
 from irprune.frontend.hf_inputs import Reader
 from irprune.frontend.objectives import Batch, Kind, Objective
+from irprune.frontend.source import stored
 from irprune.ir.facts import Fact, Task
 from irprune.ir.program import Program
 
@@ -47,6 +48,11 @@ class Options(BaseModel):
         + ".",
     )
     meta: bool = Field(False, description="Build the model on the meta device from its configuration alone: no weights, no data.")
+    lazy: bool = Field(
+        False,
+        description="Leave the weights in the checkpoint's safetensors files and read each when it is needed, for checkpoints larger "
+        "than memory.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub repository.")
     trust_remote_code: bool = Field(False, description="Run the modelling code that comes with the checkpoint.")
 
@@ -79,7 +85,9 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
     """
     with quiet():
         checkpoint = Checkpoint.find(target, options.revision, options.trust_remote_code)
-        model, kind, notes = checkpoint.build(dtype=options.dtype, attention=options.attention, meta=options.meta, seed=seed)
+        how: Loading = "meta" if options.meta else "lazy" if options.lazy else "whole"
+        model, kind, notes = checkpoint.build(dtype=options.dtype, attention=options.attention, how=how, seed=seed)
+        held = to_meta(model) if how == "lazy" else {}
         reader = Reader(model, kind, _length(checkpoint.config, options.sequence), checkpoint.preprocessor())
         tokenizer, reason = checkpoint.tokenizer() if reader.reads_text and not options.meta else (None, None)
     if reason is not None:
@@ -93,6 +101,8 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
         notes.append("calibration inputs are noise; give real ones with --calibration FILE")
     with quiet():
         program = _traced(reader, options.batch, seed, rows, options.outputs)
+    if how == "lazy":
+        program = _sourced(program, model, checkpoint.folder(), held, reader, options.batch, seed, rows)
     program = _noted(program, [*notes, *_unused(model, program)])
     task = Task(target=target, inputs=Binding([], program.interface), seed=seed)
     if options.meta or (file is None and rows is None and reader.reads_text):
@@ -102,6 +112,34 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
     else:
         data = _derived(reader, program, rows, options, seed)
     return program, (_with_data(task, _objective(kind, program, tokenizer), *data, tuple(program.interface.example[1])),)
+
+
+def _sourced(
+    program: Program,
+    model: torch.nn.Module,
+    folder: Path,
+    held: dict[str, torch.Tensor],
+    reader: Reader,
+    batch: int,
+    seed: int,
+    rows: torch.Tensor | None,
+) -> Program:
+    """A program traced without data that knows where its data is; its example inputs have theirs."""
+    names = tuple(program.interface.example[1])
+    example = reader.batch(names, batch, torch.Generator().manual_seed(seed), None if rows is None else rows[:batch])
+    tied: dict[str, list[str]] = {}
+    for other, name in program.aliases.items():
+        tied.setdefault(name, []).append(other)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    wanted, shapes = {}, {}
+    for name, tensor in program.tensors.items():
+        if tensor.is_meta:
+            own = (name, *tied.get(name, ()))
+            # A checkpoint of the bare model lacks the prefix of a model with a head, and the other way round.
+            wanted[name] = [*own, *(one.removeprefix(prefix) for one in own if one.startswith(prefix)), *(prefix + one for one in own)]
+            shapes[name] = tuple(tensor.shape)
+    interface = dataclasses.replace(program.interface, example=((), {name: example[name] for name in names}))
+    return dataclasses.replace(program, interface=interface, source=stored(folder, wanted, shapes, held))
 
 
 def _objective(kind: Kind, program: Program, tokenizer: Any | None) -> Objective:

@@ -201,9 +201,11 @@ class Checkpoint:
     def tokenizer(self) -> tuple[Any | None, str | None]:
         """The tokenizer, or the reason why there is none."""
         try:
-            return transformers.AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.code, **self.where), None
+            found = transformers.AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.code, **self.where)
         except Exception as error:
             return None, blame.first_line(error)
+        # Some classes are built without files, and then know no word.
+        return (found, None) if found.vocab_size else (None, "the checkpoint has no tokenizer files")
 
     def preprocessor(self) -> dict[str, Any]:
         """The image processor's settings; empty if the checkpoint has none."""

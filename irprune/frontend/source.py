@@ -1,8 +1,8 @@
 """Weights that stay in their files and are read by rows when they are needed.
 
 A checkpoint larger than memory is analysed on the meta device; what needs numbers reads them from
-here, one block of one tensor at a time. A file is mapped for the time of one read only, so that what
-was read does not stay resident.
+here, one block of one tensor at a time. A file is mapped anew for each read, so that what was read is
+not resident longer than the tensor that it gave.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Stored:
     held: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows of a tensor, a copy of their own.
+        """Rows of a tensor, on pages of the file that are let go with it.
 
         Raises:
             DataError: The file is gone or cut off.
@@ -44,8 +44,8 @@ class Stored:
         path, key = self.places[name]
         with opened(path) as file:
             if start == 0 and stop is None:
-                return file.get_tensor(key).clone()
-            return file.get_slice(key)[start:stop].clone()
+                return file.get_tensor(key)
+            return file.get_slice(key)[start:stop]
 
 
 class opened:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +26,14 @@ from irprune.analysis.plan import PlanRow, plan_table
 from irprune.backend.archive import save_pt2
 from irprune.backend.checkpoint import Recipe, save_recipe
 from irprune.backend.onnx import OnnxFile
-from irprune.errors import DataError, OptionError, PipelineError
+from irprune.errors import DataError, OptionError, PipelineError, ResumeError
 from irprune.frontend import export
 from irprune.frontend.batches import Binding
-from irprune.ir.facts import Fact, Groups, Original, Plan, PruneReport, Task, Workspace
+from irprune.ir.facts import Fact, Groups, Note, Original, Plan, PruneReport, Task, Workspace
 from irprune.ir.program import Program
 from irprune.pipeline import files, manager, manifest, registry
 from irprune.pipeline.instruments import Timed, Timing, Untouched
+from irprune.pipeline.journal import Journal
 from irprune.pipeline.manager import Instrument
 from irprune.pipeline.manifest import Manifest
 from irprune.pipeline.parser import parse, parse_toml, unparse, write
@@ -40,7 +43,7 @@ from irprune.report.tables import notes
 from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
-ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
+ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data", "hf")
 
 Target = str | os.PathLike[str] | nn.Module | Program
 
@@ -76,6 +79,13 @@ def trace(
     return typed(export.trace(module, args, kwargs, dynamic))
 
 
+def load_pretrained(path: str | os.PathLike[str], *, verify: bool = True, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Load a Hugging Face checkpoint that a run wrote; see :func:`irprune.frontend.hf_pretrained.load_pretrained`."""
+    from irprune.frontend import hf_pretrained
+
+    return hf_pretrained.load_pretrained(path, verify=verify, trust_remote_code=trust_remote_code, **options)
+
+
 @doing("load and trace")
 def load(
     target: Target,
@@ -108,10 +118,12 @@ def load(
         options.update({name: value for name, value in own.items() if value not in (None, ())})
         program, facts = targets.load(os.fspath(target), calibration=calibration, seed=seed, **options)
         return _typed(program), facts
+    source: tuple[Fact, ...] = ()
     if isinstance(target, Program):
         name, program = "program", target
     else:
         name = type(target).__name__
+        source = _source(target)
         if options:
             raise OptionError(f"unknown option '{next(iter(options))}' for a module", hint="see irprune.api.load for those that exist")
         args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
@@ -121,7 +133,16 @@ def load(
     binding = Binding(codegen.pytree_info.orig_args[: len(program.interface.example[0])], program.interface)
     batches = calibration if calibration is None or callable(calibration) else lambda: calibration
     task = Task(target=name, calibration=batches, inputs=binding, loss=loss, evaluate=evaluate, seed=seed)
-    return _typed(program), (task,)
+    return _typed(program), (task, *source)
+
+
+def _source(module: nn.Module) -> tuple[Fact, ...]:
+    """A model of transformers can be written as one."""
+    if "transformers" not in sys.modules:
+        return ()
+    from irprune.frontend import hf_pretrained
+
+    return (hf_pretrained.pretrained(module),) if hf_pretrained.is_pretrained(module) else ()
 
 
 def run(
@@ -132,6 +153,7 @@ def run(
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
     instruments: Sequence[Instrument] = (),
     seed: int = 0,
     **options: Any,
@@ -145,12 +167,17 @@ def run(
         out: The run directory; the first free ``runs/<target>-<n>`` if none is given.
         force: Replace what an earlier run left in ``out``.
         dry_run: Stop at the first pass that would change the program, and give its plan instead.
+        resume: Go on with what a killed run left in ``out`` (without one, in the newest unfinished
+            ``runs/<target>-<n>``), from its last finished pass; start where nothing was left. What is done
+            stays on disk if this process is stopped too, by an error or otherwise.
         instruments: Watchers of the passes.
         seed: Seed of everything random.
         options: As :func:`load` takes them.
 
     Raises:
-        IrpruneError: Anything that the user can do something about. Nothing stays on disk then.
+        IrpruneError: Anything that the user can do something about. Nothing stays on disk then, except
+            with ``resume``.
+        ResumeError: What was left is of another run, or damaged; or the run has finished.
     """
     pipeline = _pipeline(passes, config)
     if dry_run:
@@ -159,9 +186,21 @@ def run(
     if dry_run:
         return _run(*load(target, seed=seed, **options), pipeline, None, instruments)
     place = Path(out) if out is not None else Path("runs") / _stem(target)
-    with files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=manifest.NAME) as stage:
-        done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments)
+    if resume and not force and out is not None and finished(out) is not None:
+        raise ResumeError("the run has finished", where=str(out), hint="read its manifest.json, or run it again with --force")
+    last = manifest.NAME
+    with files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=last, resume=resume) as stage:
+        done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments, stage)
     return dataclasses.replace(done, path=stage.place)
+
+
+def finished(out: str | os.PathLike[str]) -> Manifest | None:
+    """The manifest of a directory's run if that has finished; leftovers of its making are removed."""
+    place = Path(out)
+    if not (place / manifest.NAME).is_file() or (place / files.PART).is_dir():
+        return None
+    shutil.rmtree(place / files.PARTIAL, ignore_errors=True)
+    return Manifest.read(place)
 
 
 def validate(
@@ -204,36 +243,53 @@ def groups(target: Target, *, freeze: Sequence[str] = (), **options: Any) -> tup
     return program, found[Groups]
 
 
-def _run(program: Program, facts: Iterable[Fact], pipeline: Sequence[Pass], folder: Path | None, instruments: Sequence[Instrument]) -> Run:
+def _run(
+    program: Program,
+    facts: Iterable[Fact],
+    pipeline: Sequence[Pass],
+    folder: Path | None,
+    instruments: Sequence[Instrument],
+    stage: files.Stage | None = None,
+) -> Run:
     """Run a pipeline on a loaded target and fill the run directory, if there is one."""
     original, timing = program, Timing()
     known: list[Fact] = [*facts, Original(original)]
     if folder is not None:
         known.append(Workspace(folder))
-    program, found = manager.run(pipeline, program, known, [timing, Untouched(), *instruments])
+    journal = None
+    if stage is not None:
+        steps = manager.completed(pipeline, [type(fact) for fact in known])
+        journal = Journal.at(stage.folder, original, steps, Facts(known).get(Task), resume=stage.resumed)
+    program, found = manager.run(pipeline, program, known, [timing, Untouched(), *instruments], journal)
     program = _typed(program)
+    if stage is not None and stage.complete:
+        told = Manifest.read(stage.folder if (stage.folder / manifest.NAME).is_file() else stage.place)
+        return Run(program, told, None, found, tuple(timing.steps))
     task, report, plan = found.get(Task), found.get(PruneReport), found.get(Plan)
     if folder is not None and report is not None:
         save_recipe(folder / RECIPE, Recipe.of(report, original, task.target if task else ""))
     if folder is not None and not any(tensor.is_meta for tensor in program.tensors.values()):
         with doing("archive"):
             save_pt2(program, folder / ARCHIVE)
-    written = Manifest.model_validate(
+    told = Manifest.model_validate(
         {
             "target": task.target if task else "",
             "seed": task.seed if task else 0,
             "pipeline": unparse(step.of for step in timing.steps),
             "passes": manifest.applied(timing.steps),
             "model": {"before": _size(original), "after": _size(program)},
-            "files": manifest.hashes(folder) if folder is not None else {},
             "notes": notes(original),
             **manifest.noted(found),
         }
     )
     if folder is not None:
-        written.write(folder)
+        for fact in found:
+            if isinstance(fact, Note) and hasattr(fact, "complete"):
+                fact.complete(told)
+        told = told.model_copy(update={"files": manifest.hashes(folder)})
+        told.write(folder)
     rows = tuple(plan_table(plan, found[Groups], Cost(program))) if plan is not None else None
-    return Run(program, written, None, found, tuple(timing.steps), rows)
+    return Run(program, told, None, found, tuple(timing.steps), rows)
 
 
 def _pipeline(passes: str | Sequence[Pass] | None, config: str | os.PathLike[str] | None) -> list[Pass]:

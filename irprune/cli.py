@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from irprune.api import Run
     from irprune.pipeline.manager import Instrument
+    from irprune.pipeline.manifest import Manifest
 
 EXIT_CODES = "\n\n".join(
     (
@@ -50,8 +51,8 @@ class _Commands(TyperGroup):
         except IrpruneError as error:
             print(error, file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            print("interrupted; nothing is left behind", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            print(str(error) or "interrupted; nothing is left behind", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -72,6 +73,10 @@ Setting = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory; by default the first free runs/<target>-<n>.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run left in DIR.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on from the last finished pass of a run that was stopped; what is done is kept for the next one."),
+]
 Timing = Annotated[bool, typer.Option("--timing", help="Say how long each pass took.")]
 
 
@@ -97,11 +102,15 @@ def run(
     timing: Timing = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and change and write nothing.")] = False,
     force: Force = False,
+    resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a pipeline on a model and write the run directory."""
     from irprune import api
 
+    if resume and not force and out is not None and (told := api.finished(out)) is not None:
+        _show_finished(told, out, quiet=quiet)
+        return
     with _watching(quiet, print_ir_after or []) as instruments:
         done = api.run(
             target,
@@ -110,6 +119,7 @@ def run(
             out=out,
             force=force,
             dry_run=dry_run,
+            resume=resume,
             instruments=instruments,
             **_loading(seed, calibration, setting),
         )
@@ -291,13 +301,20 @@ def _show(done: Run, *, timing: bool, quiet: bool) -> None:
         _console(stderr=True).print(timing_table(done.steps))
     if quiet:
         return
-    console = _console()
     if done.plan is not None:
-        console.print(tables.plan_table(done.plan))
+        _console().print(tables.plan_table(done.plan))
         _say(tables.plan_lines(done.manifest, done.plan))
         return
     _say(tables.note_lines(done.manifest.notes, "the manifest has them"))
-    console.print(tables.run_table(done.manifest))
-    _say(tables.run_lines(done.manifest))
-    if done.path is not None:
-        _say([str(done.path)])
+    _show_finished(done.manifest, done.path, quiet=quiet)
+
+
+def _show_finished(told: Manifest, path: Path | None, *, quiet: bool) -> None:
+    from irprune.report import tables
+
+    if quiet:
+        return
+    _console().print(tables.run_table(told))
+    _say(tables.run_lines(told))
+    if path is not None:
+        _say([str(path)])

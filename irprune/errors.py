@@ -64,6 +64,12 @@ class RecipeError(IrpruneError):
     code = "recipe"
 
 
+class ResumeError(IrpruneError):
+    """An interrupted run cannot go on as asked."""
+
+    code = "resume"
+
+
 class TraceError(IrpruneError):
     """The model cannot be traced by ``torch.export``."""
 

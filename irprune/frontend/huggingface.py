@@ -21,6 +21,7 @@ from irprune.frontend.batches import Binding, counted, read
 from irprune.frontend.export import trace
 from irprune.frontend.hf_checkpoint import Checkpoint, Loading, quiet, to_meta
 from irprune.frontend.hf_inputs import Reader
+from irprune.frontend.hf_pretrained import pretrained
 from irprune.frontend.objectives import Batch, Kind, Objective
 from irprune.frontend.source import stored
 from irprune.ir.facts import Fact, Task
@@ -76,7 +77,8 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
         options: What can be set.
 
     Returns:
-        The untyped program, with weights under the model's own names, and the :class:`Task`.
+        The untyped program, with weights under the model's own names, the :class:`Task` and the
+        :class:`Pretrained` model.
 
     Raises:
         TargetError: There is no such checkpoint, it cannot be read, or its inputs cannot be derived.
@@ -105,13 +107,14 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
         program = _sourced(program, model, checkpoint.folder(), held, reader, options.batch, seed, rows)
     program = _noted(program, [*notes, *_unused(model, program)])
     task = Task(target=target, inputs=Binding([], program.interface), seed=seed)
+    source = pretrained(model, checkpoint)
     if options.meta or (file is None and rows is None and reader.reads_text):
-        return program, (task,)
+        return program, (task, source)
     if file is not None:
         data = _parted(list(counted(read(Path(file), Binding([], program.interface)), file)))
     else:
         data = _derived(reader, program, rows, options, seed)
-    return program, (_with_data(task, _objective(kind, program, tokenizer), *data, tuple(program.interface.example[1])),)
+    return program, (_with_data(task, _objective(kind, program, tokenizer), *data, tuple(program.interface.example[1])), source)
 
 
 def _sourced(

@@ -121,7 +121,7 @@ class Importance(Fact):
 
     scores: Mapping[str, npt.NDArray[np.float64]]
     criterion: str = ""
-    rescore: Callable[[Program, Groups], Importance] | None = field(default=None, repr=False, compare=False)
+    rescore: Callable[[Program, Groups], Importance] | None = field(default=None, repr=False, compare=False, metadata={"live": True})
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,23 @@ class Original(Fact):
     """The program as traced, before any pass changed it."""
 
     program: Program
+    lasting: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Pretrained(Fact):
+    """The Hugging Face model that the original program was traced from.
+
+    Attributes:
+        model: The model, whose tensors are the original program's.
+        config: Its configuration as the checkpoint has it.
+        companions: Writes what lies beside the weights (tokenizer, preprocessor, generation settings) into
+            a directory; gives notes for the user.
+    """
+
+    model: Any
+    config: Any = field(repr=False)
+    companions: Callable[[Path], list[str]] = field(repr=False)
     lasting: ClassVar[bool] = True
 
 
@@ -170,9 +187,13 @@ class Workspace(Fact):
 
     Attributes:
         path: The run directory.
+        progress: A folder for the progress of the pass that runs, which it makes when it needs it. What a
+            pass leaves there it finds again when a killed run goes on; when it has finished, the folder goes.
+            ``None`` where nothing is kept.
     """
 
     path: Path
+    progress: Path | None = None
     lasting: ClassVar[bool] = True
 
 

@@ -108,7 +108,7 @@ class PrintIR(Instrument):
     @contextmanager
     def watch(self, step: Step) -> Iterator[None]:
         yield
-        if step.of.name in self._after and step.result is not None:
+        if step.of.name in self._after and step.result is not None and not step.recalled:
             from irprune.ir.text import dump
 
             facts = step.facts.updated(step.result.facts)
@@ -122,6 +122,9 @@ class Untouched(Instrument):
 
     @contextmanager
     def watch(self, step: Step) -> Iterator[None]:
+        if step.recalled:
+            yield
+            return
         before = fingerprint(step.program)
         yield
         assert fingerprint(step.program) == before, f"pass {step.of.name} modified its input"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar, Self
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from irprune.ir.facts import Groups, Importance, Task
+from irprune.ir.facts import Fact, Groups, Importance, Task
 from irprune.ir.program import Program
 from irprune.pipeline.passes import Facts, Pass, Result
 from irprune.pipeline.registry import suggestion
@@ -88,6 +89,14 @@ class Score(Pass):
 
     def run(self, program: Program, facts: Facts) -> Result:
         return Result(program, (self._measure(program, facts[Groups], facts.get(Task)),))
+
+    def revived(self, program: Program, facts: Facts, given: tuple[Fact, ...]) -> tuple[Fact, ...]:
+        task = facts.restricted(self).get(Task)
+
+        def again(smaller: Program, found: Groups) -> Importance:
+            return self._measure(smaller, found, task)
+
+        return tuple(dataclasses.replace(fact, rescore=again) if isinstance(fact, Importance) else fact for fact in given)
 
     def _measure(self, program: Program, groups: Groups, task: Task | None) -> Importance:
         criterion = self.chosen()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -112,6 +113,17 @@ class Sliced:
             if positions is not None:
                 tensor = tensor.index_select(axis, torch.from_numpy(positions))
         return tensor
+
+    def has(self, name: str) -> bool:
+        return name in self.held or self.of.has(name)
+
+    def identity(self) -> str:
+        digest = hashlib.sha256(self.of.identity().encode())
+        for name, kept in sorted(self.kept.items()):
+            digest.update(name.encode() + b"".join(b"-" if one is None else one.tobytes() for one in kept))
+        for name, tensor in sorted(self.held.items()):
+            digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 class Resize:

@@ -7,6 +7,7 @@ those of an undisturbed one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from irprune.pipeline.files import atomic, write_text
+from irprune.pipeline.files import atomic, sha256, write_text
 from irprune.pipeline.progress import track
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -82,7 +83,7 @@ def plan(entries: Sequence[Entry], most: int) -> list[list[Entry]]:
     return out
 
 
-def write(folder: Path, entries: Sequence[Entry], *, most: int, fingerprint: str) -> list[Path]:
+def write(folder: Path, entries: Sequence[Entry], *, most: int, fingerprint: str) -> dict[str, str]:
     """Write a checkpoint's weights as Hugging Face names its files.
 
     Args:
@@ -92,7 +93,7 @@ def write(folder: Path, entries: Sequence[Entry], *, most: int, fingerprint: str
         fingerprint: What the weights are made of: another one makes every shard new.
 
     Returns:
-        The shards.
+        File name to SHA-256 of each shard, in order.
 
     Raises:
         OutputError: A file cannot be written.
@@ -106,15 +107,16 @@ def write(folder: Path, entries: Sequence[Entry], *, most: int, fingerprint: str
         for entry in part
         for span in entry.blocks()
     ]
+    digests = {}
     with _Ahead(track(blocks, "write weights")) as done:
         for name, part in zip(names, parts, strict=True):
-            if not _complete(folder / name, part, fingerprint):
-                _shard(folder / name, part, fingerprint, done)
+            complete = _complete(folder / name, part, fingerprint)
+            digests[name] = sha256(folder / name) if complete else _shard(folder / name, part, fingerprint, done)
     if len(parts) > 1:
         total = sum(entry.size_bytes for entry in entries)
         weight_map = {entry.name: name for name, part in zip(names, parts, strict=True) for entry in part}
         write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
-    return [folder / name for name in names]
+    return digests
 
 
 class _Ahead:
@@ -159,12 +161,19 @@ def _header(part: Sequence[Entry], fingerprint: str) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _shard(path: Path, part: Sequence[Entry], fingerprint: str, done: _Ahead) -> None:
+def _shard(path: Path, part: Sequence[Entry], fingerprint: str, done: _Ahead) -> str:
+    """Write one shard. Returns its SHA-256."""
+    digest = hashlib.sha256()
     with atomic(path) as place, place.open("wb", buffering=0) as file:
-        file.write(_header(part, fingerprint))
+        header = _header(part, fingerprint)
+        digest.update(header)
+        file.write(header)
         for entry in part:
             for _ in entry.blocks():
-                _write_all(file.fileno(), done.take().numpy().data)
+                data = done.take().numpy().data
+                digest.update(data)
+                _write_all(file.fileno(), data)
+    return digest.hexdigest()
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

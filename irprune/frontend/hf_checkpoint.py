@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from irprune.backend.hf_resize import Resizing, resized
+from irprune.backend.hf_stream import parameters_on_meta
 from irprune.errors import IrpruneError, TargetError
 from irprune.frontend import blame
 from irprune.frontend.objectives import Kind
@@ -46,6 +46,12 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def without_cache(config: Any) -> None:
+    """Let a model of this configuration give no key-value caches, which a trace cannot return."""
+    for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
+        part.use_cache = False
 
 
 Loading = Literal["whole", "meta", "lazy"]
@@ -101,8 +107,7 @@ class Checkpoint:
                 raise _unreadable(target, error) from error
             break
         original = copy.deepcopy(config)
-        for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
-            part.use_cache = False
+        without_cache(config)
         return cls(target, location, config, original, dict(where), code)
 
     # -- model ------------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ class Checkpoint:
                 if dtype == "auto":
                     options = {**options, "dtype": self.config.dtype or "float32"}
                 make = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-                with torch.device("meta") if how == "meta" else _parameters_on_meta():
+                with torch.device("meta") if how == "meta" else parameters_on_meta():
                     model = make(self.config, **options)
                 if own_sizes is not None:
                     own_sizes.apply(model)
@@ -256,34 +261,6 @@ class Checkpoint:
             return {}
         settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         return settings if isinstance(settings, dict) else {}
-
-
-@contextlib.contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are built have their parameters on the meta device, and their buffers in memory with their values."""
-    register = torch.nn.Module.register_parameter
-
-    def registered(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
-        if param is not None and not param.is_meta:
-            param = torch.nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
-
-    with no_init_weights():
-        torch.nn.Module.register_parameter = registered  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def to_meta(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Move a model's buffers to the meta device. Returns them, by name."""
-    held = dict(model.named_buffers())
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to("meta")
-    return held
 
 
 def _names(table: str) -> dict[str, tuple[str, ...]]:

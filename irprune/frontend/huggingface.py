@@ -8,6 +8,7 @@ transformers' own auto-class tables, its inputs from ``main_input_name`` and the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,15 +16,15 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from irprune.backend.hf_stream import buffers_on_meta, of_model
 from irprune.errors import TargetError, TraceError
 from irprune.frontend import text
 from irprune.frontend.batches import Binding, counted, read
 from irprune.frontend.export import trace
-from irprune.frontend.hf_checkpoint import Checkpoint, Loading, quiet, to_meta
+from irprune.frontend.hf_checkpoint import Checkpoint, Loading, quiet, without_cache
 from irprune.frontend.hf_inputs import Reader
 from irprune.frontend.hf_pretrained import pretrained
 from irprune.frontend.objectives import Batch, Kind, Objective
-from irprune.frontend.source import stored
 from irprune.ir.facts import Fact, Task
 from irprune.ir.program import Program
 
@@ -89,7 +90,6 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
         checkpoint = Checkpoint.find(target, options.revision, options.trust_remote_code)
         how: Loading = "meta" if options.meta else "lazy" if options.lazy else "whole"
         model, kind, notes = checkpoint.build(dtype=options.dtype, attention=options.attention, how=how, seed=seed)
-        held = to_meta(model) if how == "lazy" else {}
         reader = Reader(model, kind, _length(checkpoint.config, options.sequence), checkpoint.preprocessor())
         tokenizer, reason = checkpoint.tokenizer() if reader.reads_text and not options.meta else (None, None)
     if reason is not None:
@@ -102,12 +102,15 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
     if rows is None and file is None and not reader.reads_text and not options.meta:
         notes.append("calibration inputs are noise; give real ones with --calibration FILE")
     with quiet():
-        program = _traced(reader, options.batch, seed, rows, options.outputs)
-    if how == "lazy":
-        program = _sourced(program, model, checkpoint.folder(), held, reader, options.batch, seed, rows)
+        retrace = functools.partial(_lazily, batch=options.batch, seed=seed, rows=rows, outputs=options.outputs)
+        if how == "lazy":
+            program = retrace(reader)
+            program = dataclasses.replace(program, source=of_model(model, checkpoint.folder(), program))
+        else:
+            program = _traced(reader, options.batch, seed, rows, options.outputs)
     program = _noted(program, [*notes, *_unused(model, program)])
     task = Task(target=target, inputs=Binding([], program.interface), seed=seed)
-    source = pretrained(model, checkpoint)
+    source = pretrained(model, checkpoint, retrace=lambda other: retrace(dataclasses.replace(reader, model=other)))
     if options.meta or (file is None and rows is None and reader.reads_text):
         return program, (task, source)
     if file is not None:
@@ -117,32 +120,15 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
     return program, (_with_data(task, _objective(kind, program, tokenizer), *data, tuple(program.interface.example[1])), source)
 
 
-def _sourced(
-    program: Program,
-    model: torch.nn.Module,
-    folder: Path,
-    held: dict[str, torch.Tensor],
-    reader: Reader,
-    batch: int,
-    seed: int,
-    rows: torch.Tensor | None,
-) -> Program:
-    """A program traced without data that knows where its data is; its example inputs have theirs."""
+def _lazily(reader: Reader, batch: int, seed: int, rows: torch.Tensor | None, outputs: str | None) -> Program:
+    """A program traced from a model without weights; its example inputs have their data."""
+    without_cache(reader.config)
+    with buffers_on_meta(reader.model):
+        program = _traced(reader, batch, seed, rows, outputs)
     names = tuple(program.interface.example[1])
     example = reader.batch(names, batch, torch.Generator().manual_seed(seed), None if rows is None else rows[:batch])
-    tied: dict[str, list[str]] = {}
-    for other, name in program.aliases.items():
-        tied.setdefault(name, []).append(other)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    wanted, shapes = {}, {}
-    for name, tensor in program.tensors.items():
-        if tensor.is_meta:
-            own = (name, *tied.get(name, ()))
-            # A checkpoint of the bare model lacks the prefix of a model with a head, and the other way round.
-            wanted[name] = [*own, *(one.removeprefix(prefix) for one in own if one.startswith(prefix)), *(prefix + one for one in own)]
-            shapes[name] = tuple(tensor.shape)
     interface = dataclasses.replace(program.interface, example=((), {name: example[name] for name in names}))
-    return dataclasses.replace(program, interface=interface, source=stored(folder, wanted, shapes, held))
+    return dataclasses.replace(program, interface=interface)
 
 
 def _objective(kind: Kind, program: Program, tokenizer: Any | None) -> Objective:

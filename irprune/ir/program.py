@@ -115,6 +115,14 @@ class Source(Protocol):
         """Rows ``start`` to ``stop`` of a tensor as it is stored: along axis 0, all by default."""
         ...
 
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there."""
+        ...
+
+    def identity(self) -> str:
+        """A digest of where the data comes from and what of it is taken: equal ones give equal tensors."""
+        ...
+
 
 @dataclass(frozen=True)
 class Program:

@@ -7,8 +7,9 @@ not resident longer than the tensor that it gave.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,19 @@ class Stored:
             if start == 0 and stop is None:
                 return file.get_tensor(key)
             return file.get_slice(key)[start:stop]
+
+    def has(self, name: str) -> bool:
+        return name in self.held or name in self.places
+
+    def identity(self) -> str:
+        digest = hashlib.sha256()
+        for path in sorted({path for path, _ in self.places.values()}):
+            state = path.stat()
+            digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
+        digest.update(repr(sorted((name, key) for name, (_, key) in self.places.items())).encode())
+        for name, tensor in sorted(self.held.items()):
+            digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 class opened:
@@ -108,6 +122,7 @@ def stored(
     wanted: Mapping[str, Sequence[str]],
     shapes: Mapping[str, tuple[int, ...]],
     held: Mapping[str, torch.Tensor],
+    needed: Collection[str],
 ) -> Stored:
     """Where a program's tensors lie in a checkpoint directory.
 
@@ -116,9 +131,10 @@ def stored(
         wanted: Name to the names that it may have in the files, the likeliest first.
         shapes: Name to its shape.
         held: Tensors in memory for names that no file has.
+        needed: The names that must be there.
 
     Raises:
-        TargetError: A tensor is in no file under any of its names, or has another shape there: the
+        TargetError: A needed tensor is in no file under any of its names, or has another shape there: the
             checkpoint is in a form that is converted when it is loaded.
     """
     there = {key: (path, shape) for key, path, shape in listed(folder)}
@@ -126,7 +142,7 @@ def stored(
     for name, names in wanted.items():
         key = next((key for key in names if key in there), None)
         if key is None:
-            if name in held:
+            if name in held or name not in needed:
                 continue
             raise TargetError(
                 f"the checkpoint has no tensor {name}",
@@ -134,6 +150,8 @@ def stored(
                 hint="it is in a form that transformers converts when it loads it: load it without lazy, and save it with save_pretrained",
             )
         path, shape = there[key]
+        if shape != shapes[name] and name not in needed:
+            continue
         if shape != shapes[name]:
             raise TargetError(
                 f"tensor {key} has shape {list(shape)} in {path.name}, and the model wants {list(shapes[name])}",

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -99,10 +99,10 @@ def export(
         ParityError: The directory gives other outputs than the program.
         OutputError: The directory cannot be written.
     """
-    if any(tensor.is_meta for tensor in program.tensors.values()):
+    if not program.has_data:
         raise ExportError("the program has no weights", where=str(folder), hint="leave out meta=true")
     with _quiet(), doing("Hugging Face checkpoint"):
-        work = _Work(program, original, source, known or {})
+        work = _worker(program)(program, original, source, known or {})
         model, reason = (None, None) if layout == "resized" else work.plain()
         if model is None and layout == "plain":
             hint = "say layout=resized and load it with irprune.load_pretrained, or prune with allocation=uniform"
@@ -110,11 +110,10 @@ def export(
         kind = "plain"
         if model is None:
             kind, model = "resized", work.resized(folder)
-        with _replacing(folder) as part:
+        with _replacing(folder, resumes=program.source is not None) as part:
             work.save(model, part, kind, max_shard_size)
             notes = [*work.notes, *source.companions(part)]
-            loaded = hf_resize.load(part, work.model_class, dtype=work.dtype, attn_implementation=work.attention)
-            error, tolerance = work.check(loaded, folder)
+            error, tolerance = work.check(work.again(model, part), folder)
         if kind == "resized" and reason is not None:
             notes.append(f"load it with irprune.load_pretrained: {reason}")
     size = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
@@ -122,7 +121,15 @@ def export(
     return HfCheckpoint(folder, kind, work.name, changed, work.found, error, tolerance, size, tuple(notes))
 
 
-class _Work:
+def _worker(program: Program) -> type[Work]:
+    if program.source is None:
+        return Work
+    from irprune.backend.hf_stream import Streamed
+
+    return Streamed
+
+
+class Work:
     """A program seen from the class that it came from."""
 
     def __init__(self, program: Program, original: Program, source: Pretrained, known: Mapping[Place, hf_config.Factors]) -> None:
@@ -239,13 +246,16 @@ class _Work:
 
         config = copy.deepcopy(config)
         kind: Any = hf_resize.resized(self.model_class)
-        with no_init_weights(), torch.device(device):
+        with no_init_weights(), self._placed(device):
             model = kind._from_config(config, dtype=self.dtype, attn_implementation=self.attention)
         model.__class__ = self.model_class
         experts = getattr(self.source.model.config, "_experts_implementation", None)
         if experts is not None and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation(experts)
         return model.eval()
+
+    def _placed(self, device: str) -> AbstractContextManager[Any]:
+        return torch.device(device)
 
     def plain(self) -> tuple[Any | None, str | None]:
         """The class of a configuration that has the sizes, or why there is none."""
@@ -341,9 +351,7 @@ class _Work:
 
     def errors(self, model: Any) -> Iterator[tuple[str, float, float, float]]:
         """Name, absolute and relative error and tolerance of each output."""
-        args = pytree.tree_map_only(torch.Tensor, torch.clone, self.program.interface.example[0])
-        with torch.no_grad():
-            outputs = model(*args, **self._kwargs())
+        outputs = self.outputs(model)
         for name, want in self._want.items():
             if not isinstance(want, torch.Tensor):
                 continue
@@ -353,6 +361,16 @@ class _Work:
             else:
                 apart = difference(have, want)
                 yield name, apart.max_abs, apart.relative, TOLERANCE.get(want.dtype, 2e-4)
+
+    def outputs(self, model: Any) -> Any:
+        """What a model gives on the example inputs."""
+        args = pytree.tree_map_only(torch.Tensor, torch.clone, self.program.interface.example[0])
+        with torch.no_grad():
+            return model(*args, **self._kwargs())
+
+    def again(self, model: Any, folder: Path) -> Any:
+        """The model of a directory."""
+        return hf_resize.load(folder, self.model_class, dtype=self.dtype, attn_implementation=self.attention)
 
     def differs(self, model: Any) -> str | None:
         """Which output is not the program's; ``None`` where all are."""
@@ -375,13 +393,17 @@ class _Work:
                 raise ParityError(f"output {name} of the checkpoint differs from the program's by {error:.3g}", where=str(folder))
         return worst, allowed
 
+    def write(self, model: Any, folder: Path, max_shard_size: str) -> dict[str, str]:
+        """Write weights and configuration. Returns the checksum of each file of weights."""
+        model.save_pretrained(str(folder), max_shard_size=max_shard_size)
+        return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
     # -- files ------------------------------------------------------------------------------------
 
     def save(self, model: Any, folder: Path, layout: str, max_shard_size: str) -> None:
         """Weights, configuration and the reference."""
-        _caches_as(model.config, self.source.config)
-        model.save_pretrained(str(folder), max_shard_size=max_shard_size)
-        weights = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+        caches_as(model.config, self.source.config)
+        weights = self.write(model, folder, max_shard_size)
         tensors: dict[str, torch.Tensor] = {}
         names = list(self.program.interface.inputs)
         leaves = pytree.tree_leaves(self.program.interface.example)
@@ -419,19 +441,24 @@ def _changes(before: Any, after: Any) -> dict[str, Any]:
     return {name: value for name, value in new.items() if old.get(name) != value and name.rpartition(".")[2] not in technical}
 
 
-def _caches_as(config: Any, like: Any) -> None:
+def caches_as(config: Any, like: Any) -> None:
+    """Let a configuration say of key-value caches what another one says."""
     for part, other in ((config, like), (config.get_text_config(), like.get_text_config())):
         if hasattr(other, "use_cache"):
             part.use_cache = other.use_cache
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Fill a directory so that it appears under its name only when whole."""
+def _replacing(folder: Path, resumes: bool = False) -> Iterator[Path]:
+    """Fill a directory so that it appears under its name only when whole; go on with what a killed run left, if asked."""
     part: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PART, dir=folder.parent))
+        if resumes:
+            part = folder.parent / f".{folder.name}{PART}"
+            part.mkdir(exist_ok=True)
+        else:
+            part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PART, dir=folder.parent))
         yield part
         for file in sorted(part.rglob("*")):
             if file.is_file():

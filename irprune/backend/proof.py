@@ -24,7 +24,7 @@ from irprune.analysis.cost import hints
 from irprune.backend.rewrite import Shrink, shape_of
 from irprune.errors import ProofError
 from irprune.ir.dims import Mask, Size, Var, as_size
-from irprune.ir.program import Event, Program, location
+from irprune.ir.program import Event, Program, Runner, location
 from irprune.rules.registry import bind, op_name, registry
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -70,7 +70,7 @@ def _call(target: Any, bound: dict[str, Any]) -> Any:
     return target(*positional, **keyword)
 
 
-class Run(fx.Interpreter):
+class Run(Runner):
     """A program on its flat inputs.
 
     Args:
@@ -79,18 +79,15 @@ class Run(fx.Interpreter):
     """
 
     def __init__(self, program: Program, wide: bool = False) -> None:
-        super().__init__(program.module)
+        super().__init__(program)
         self.wide = wide
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs).detach()
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        value = super().tensor(name, start, stop)
         return value.to(widened(value.dtype)) if self.wide else value
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(target, *self.arguments(args, kwargs))
-
     def arguments(self, args: Any, kwargs: Any) -> Any:
-        """A call's arguments, dtypes widened."""
+        args, kwargs = super().arguments(args, kwargs)
         return pytree.tree_map(widened, (args, kwargs)) if self.wide else (args, kwargs)
 
 
@@ -102,11 +99,13 @@ def widened(value: Any) -> Any:
 class Double(Run):
     """A program computed in float64: next to this, its own results show how much rounding they hold."""
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs)
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        value = super().tensor(name, start, stop)
         return value.double() if value.is_floating_point() else value
 
     def arguments(self, args: Any, kwargs: Any) -> Any:
+        args, kwargs = super().arguments(args, kwargs)
+
         def double(value: Any) -> Any:
             return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
 
@@ -132,23 +131,35 @@ class Masked(Run):
             if self._shrink.touched(program.typing.of(event.operand)[event.axis]):
                 self._events.setdefault(event.node, []).append(event)
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        tensor = super().get_attr(target, args, kwargs)
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        tensor = super().tensor(name, start, stop)
         if tensor.is_floating_point() or tensor.is_complex():
-            for dim, term in enumerate(self._shrink.types.of(self._holders[target].name)):
+            shape = self.program.tensors[name].shape
+            for dim, term in enumerate(self._shrink.types.of(self._holders[name].name)):
                 if self._shrink.touched(term):
-                    tensor = torch.where(self._along(tensor, dim, term), tensor, 0)
+                    rows = slice(start, stop) if dim == 0 else slice(None)
+                    tensor = torch.where(self._along(tensor, dim, self._shrink.mask(term, shape[dim])[rows]), tensor, 0)
         return tensor
 
-    def _along(self, tensor: torch.Tensor, dim: int, term: Any) -> torch.Tensor:
+    @staticmethod
+    def _along(tensor: torch.Tensor, dim: int, mask: Mask) -> torch.Tensor:
         shape = [1] * tensor.ndim
         shape[dim] = -1
-        return torch.from_numpy(self._shrink.mask(term, tensor.shape[dim])).to(tensor.device).reshape(shape)
+        return torch.from_numpy(mask).to(tensor.device).reshape(shape)
 
     def run_node(self, n: fx.Node) -> Any:
         events = self._events.get(n.name)
         if not events:
             return super().run_node(n)
+        large = self._large(n) if all(event.how == "contract" for event in events) else None
+        if large is not None and self.env[large] is None:
+            # The weight is masked as it is read.
+            events = [event for event in events if event.operand != large.name]
+            return self._masked(n, events) if events else super().run_node(n)
+        with self.loaded(n):
+            return self._masked(n, events)
+
+    def _masked(self, n: fx.Node, events: list[Event]) -> Any:
         env = dict(self.env)
         try:
             for event in events:
@@ -156,9 +167,8 @@ class Masked(Run):
                     operand = next(node for node in n.all_input_nodes if node.name == event.operand)
                     value = self.env[operand]
                     term = self._shrink.types.of(event.operand)[event.axis]
-                    self.env[operand] = torch.where(
-                        self._along(value, event.axis, term), value, torch.zeros((), dtype=value.dtype, device=value.device)
-                    )
+                    along = self._along(value, event.axis, self._shrink.mask(term, value.shape[event.axis]))
+                    self.env[operand] = torch.where(along, value, torch.zeros((), dtype=value.dtype, device=value.device))
             if all(event.how == "contract" for event in events):
                 return super().run_node(n)
             rule = registry().find(n.target)
@@ -231,7 +241,7 @@ def prove(before: Program, after: Program, keep: Mapping[Var, Mask], *, seed: in
     values = fake_values(after)
     prove_shapes(before, after, shrink, values)
     prove_interface(before, after, values, shrink)
-    if any(tensor.is_meta for tensor in before.tensors.values()):
+    if not before.has_data:
         return {"shapes": True, "interface": True, "numbers": {"max_abs_err": None, "tolerance": None, "skipped": "no weights"}}
     return {"shapes": True, "interface": True, "numbers": prove_numbers(before, after, keep, seed=seed)}
 
@@ -289,8 +299,9 @@ def fake_values(program: Program) -> dict[str, Any]:
         ProofError: An operation does not accept its operands.
     """
     args, kwargs = program.interface.example
+    inputs = [_placed(program, value) if isinstance(value, torch.Tensor) else value for value in flat_inputs(program, args, kwargs)]
     with FakeTensorMode() as mode:
-        flat = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in flat_inputs(program, args, kwargs)]
+        flat = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in inputs]
         try:
             return _run_nodes(program, flat)
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -302,6 +313,11 @@ def fake_values(program: Program) -> dict[str, Any]:
     assert symbolic.shape_env is not None
     with symbolic, symbolic.shape_env.suppress_guards(), enable_python_dispatcher():
         return _run_nodes(program, placeholders)
+
+
+def _placed(program: Program, value: torch.Tensor) -> torch.Tensor:
+    """An input where the program's tensors are."""
+    return value if program.source is None else torch.empty_like(value, device="meta")
 
 
 def _run_nodes(program: Program, flat: list[Any], real: bool = False) -> dict[str, Any]:

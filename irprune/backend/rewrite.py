@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import sympy
 import torch
 from torch import fx
@@ -18,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from irprune.ir.dims import Mask, Size, Term, Var, as_size, kept_size, mask_of, resolve, term_size, variables
-from irprune.ir.program import Axes, Program, Types
+from irprune.ir.program import Axes, Program, Runner, Source, Types
 from irprune.rules.infer import UNIFORM, inferred
 from irprune.rules.registry import bind, op_name, registry
 
@@ -80,12 +83,16 @@ class Shrink:
             self._shares[term] = found
         return found
 
+    def positions(self, term: Term, length: int) -> npt.NDArray[np.int64] | None:
+        """The kept positions of an axis; ``None`` where all stay."""
+        return np.flatnonzero(self.mask(term, length)) if self.touched(term) else None
+
     def slice(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
         """The kept part of a tensor; the tensor itself where nothing is removed."""
         for dim, term in enumerate(axes):
-            if self.touched(term):
-                index = torch.from_numpy(np.flatnonzero(self.mask(term, tensor.shape[dim]))).to(tensor.device)
-                tensor = tensor.index_select(dim, index)
+            kept = self.positions(term, tensor.shape[dim])
+            if kept is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(kept).to(tensor.device))
         return tensor
 
     def renumbered(self, numbers: torch.Tensor, term: Term) -> torch.Tensor:
@@ -94,6 +101,50 @@ class Shrink:
             return numbers
         order = torch.from_numpy(np.cumsum(self.mask(term)) - 1).to(numbers.device)
         return order[numbers.long()].to(numbers.dtype)
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The kept part of tensors of another source.
+
+    Attributes:
+        of: The source.
+        kept: Name to one array of kept positions per axis, ``None`` where all stay.
+        held: Tensors that the other source does not have.
+    """
+
+    of: Source
+    kept: Mapping[str, tuple[npt.NDArray[np.int64] | None, ...]]
+    held: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows of the kept part of a tensor; no more rows of the whole are read than lie between them."""
+        if name in self.held:
+            return self.held[name] if start == 0 and stop is None else self.held[name][start:stop]
+        rows, *others = self.kept.get(name, (None,))
+        if rows is None:
+            tensor = self.of.read(name, start, stop)
+        else:
+            wanted = rows[start:stop]
+            first, last = (int(wanted[0]), int(wanted[-1]) + 1) if len(wanted) else (0, 0)
+            tensor = self.of.read(name, first, last)
+            if len(wanted) != last - first:
+                tensor = tensor.index_select(0, torch.from_numpy(wanted - first))
+        for axis, positions in enumerate(others, 1):
+            if positions is not None:
+                tensor = tensor.index_select(axis, torch.from_numpy(positions))
+        return tensor
+
+    def has(self, name: str) -> bool:
+        return name in self.held or self.of.has(name)
+
+    def identity(self) -> str:
+        digest = hashlib.sha256(self.of.identity().encode())
+        for name, kept in sorted(self.kept.items()):
+            digest.update(name.encode() + b"".join(b"-" if one is None else one.tobytes() for one in kept))
+        for name, tensor in sorted(self.held.items()):
+            digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 class Resize:
@@ -258,18 +309,22 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
             rw = Resize(node, old_nodes[node.name], shrink)
             entry.resize(rw, **bind(node.target, node.args, dict(node.kwargs)))
             indices += rw.constants
-    tensors = _slice_constants(program, graph, shrink)
+    made = _slice_constants(program, graph, shrink)
     for number, (node, index) in enumerate(indices):
         name = _free_name(program.module, f"_index_{number}")
-        tensors[name] = index.to(_device(node))
+        made[name] = index if program.source is not None else index.to(_device(node))
         with graph.inserting_before(node):
             node.update_arg(2, graph.create_node("get_attr", name))
+    tensors = made if program.source is None else {name: tensor.to("meta") for name, tensor in made.items()}
+    kept: dict[str, tuple[npt.NDArray[np.int64] | None, ...]] = {}
     for name, node in program.holders.items():
-        old_tensor = program.tensors[name]
-        sliced = shrink.slice(old_tensor.detach(), types.of(node.name))
+        old_tensor, axes = program.tensors[name], types.of(node.name)
+        sliced = shrink.slice(old_tensor.detach(), axes)
         if sliced.shape == old_tensor.shape:
             tensors[name] = old_tensor
-        elif isinstance(old_tensor, torch.nn.Parameter):
+            continue
+        kept[name] = tuple(shrink.positions(term, size) for term, size in zip(axes, old_tensor.shape, strict=True))
+        if isinstance(old_tensor, torch.nn.Parameter):
             tensors[name] = torch.nn.Parameter(sliced.contiguous(), requires_grad=old_tensor.requires_grad)
         else:
             tensors[name] = sliced.contiguous()
@@ -277,7 +332,8 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
     # Code is generated once, when the graph is as it will be.
     module = fx.GraphModule(tensors, graph)
     module.training = program.module.training
-    new = dataclasses.replace(program, module=module, types=None, infer=inferred)
+    source = None if program.source is None else Sliced(program.source, kept, made)
+    new = dataclasses.replace(program, module=module, types=None, infer=inferred, source=source)
     _describe(program, new, shrink)
     return new
 
@@ -295,10 +351,11 @@ def _slice_constants(program: Program, graph: fx.Graph, shrink: Shrink) -> dict[
     if not wanted:
         return found
     values: dict[fx.Node, Any] = {}
+    runner = Runner(program)
 
     def value(node: fx.Node) -> Any:
         if node not in values:
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+            args, kwargs = runner.arguments(*fx.map_arg((node.args, dict(node.kwargs)), value))
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values[node]
 

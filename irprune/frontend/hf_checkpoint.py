@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -19,6 +19,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from irprune.backend.hf_resize import Resizing, resized
+from irprune.backend.hf_stream import parameters_on_meta
 from irprune.errors import IrpruneError, TargetError
 from irprune.frontend import blame
 from irprune.frontend.objectives import Kind
@@ -45,6 +46,15 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def without_cache(config: Any) -> None:
+    """Let a model of this configuration give no key-value caches, which a trace cannot return."""
+    for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
+        part.use_cache = False
+
+
+Loading = Literal["whole", "meta", "lazy"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +107,7 @@ class Checkpoint:
                 raise _unreadable(target, error) from error
             break
         original = copy.deepcopy(config)
-        for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
-            part.use_cache = False
+        without_cache(config)
         return cls(target, location, config, original, dict(where), code)
 
     # -- model ------------------------------------------------------------------------------------
@@ -136,8 +145,8 @@ class Checkpoint:
                 return model_class, kind
         return model_class, "causal-lm" if own.get(name) == "AutoModelForCausalLM" else "encoder"
 
-    def build(self, *, dtype: str, attention: str, meta: bool, seed: int) -> tuple[Any, Kind, list[str]]:
-        """The model with its weights, or on the meta device without them.
+    def build(self, *, dtype: str, attention: str, how: Loading, seed: int) -> tuple[Any, Kind, list[str]]:
+        """The model with its weights (``whole``), on the meta device (``meta``), or so with its buffers in memory (``lazy``).
 
         Returns:
             The model in evaluation mode, the kind of its task, and notes for the user.
@@ -151,14 +160,15 @@ class Checkpoint:
 
         def made(options: dict[str, Any]) -> Any:
             own_sizes = Resizing.of(self.config)
-            if meta:
+            if how != "whole":
                 if dtype == "auto":
                     options = {**options, "dtype": self.config.dtype or "float32"}
                 make = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-                with torch.device("meta"):
+                with torch.device("meta") if how == "meta" else parameters_on_meta():
                     model = make(self.config, **options)
                 if own_sizes is not None:
                     own_sizes.apply(model)
+                model.tie_weights()
                 return model
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -207,6 +217,22 @@ class Checkpoint:
 
     # -- what lies beside it ----------------------------------------------------------------------
 
+    def folder(self) -> Path:
+        """The directory with the weights, in the hub's cache for a hub id.
+
+        Raises:
+            TargetError: It has no safetensors files.
+        """
+        if Path(self.location).is_dir():
+            return Path(self.location)
+        where = {key: value for key, value in self.where.items() if key != "gguf_file"}
+        for name in ("model.safetensors.index.json", "model.safetensors"):
+            with contextlib.suppress(OSError):
+                found = cached_file(self.location, name, **where)
+                if found is not None:
+                    return Path(found).parent
+        raise TargetError("it holds no safetensors weights", where=self.target, hint="load it without lazy")
+
     def processors(self) -> list[Any]:
         """Everything beside the weights that prepares inputs: tokenizer, image processor, feature extractor."""
         where = {key: value for key, value in self.where.items() if key != "gguf_file"}
@@ -220,9 +246,11 @@ class Checkpoint:
     def tokenizer(self) -> tuple[Any | None, str | None]:
         """The tokenizer, or the reason why there is none."""
         try:
-            return transformers.AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.code, **self.where), None
+            found = transformers.AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.code, **self.where)
         except Exception as error:
             return None, blame.first_line(error)
+        # Some classes are built without files, and then know no word.
+        return (found, None) if found.vocab_size else (None, "the checkpoint has no tokenizer files")
 
     def preprocessor(self) -> dict[str, Any]:
         """The image processor's settings; empty if the checkpoint has none."""

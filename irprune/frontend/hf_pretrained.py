@@ -17,6 +17,7 @@ from irprune.errors import IrpruneError, TargetError
 from irprune.frontend import blame
 from irprune.frontend.hf_checkpoint import Checkpoint, quiet
 from irprune.ir.facts import Pretrained
+from irprune.ir.program import Program
 
 # Beside weights and configuration: what sentence-transformers reads, by name, in a directory.
 _SENTENCE = (
@@ -62,18 +63,19 @@ def load_pretrained(path: str | os.PathLike[str], *, verify: bool = True, trust_
         ) from error
 
 
-def pretrained(model: Any, checkpoint: Checkpoint | None = None) -> Pretrained:
+def pretrained(model: Any, checkpoint: Checkpoint | None = None, retrace: Callable[[Any], Program] | None = None) -> Pretrained:
     """A model of transformers as the source of a program.
 
     Args:
         model: The model.
         checkpoint: Where it was loaded from; without one nothing but generation settings lies beside its weights.
+        retrace: Traces a model of the same class, without weights, as the original was traced.
     """
     config = checkpoint.original if checkpoint is not None else model.config
     config = copy.deepcopy(config)
     if Resizing.of(model.config) is not None:
         setattr(config, hf_resize.KEY, getattr(model.config, hf_resize.KEY))
-    return Pretrained(model, config, _companions(model, checkpoint))
+    return Pretrained(model, config, _companions(model, checkpoint), retrace)
 
 
 def _companions(model: Any, checkpoint: Checkpoint | None) -> Callable[[Path], list[str]]:

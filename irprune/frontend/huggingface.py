@@ -8,6 +8,7 @@ transformers' own auto-class tables, its inputs from ``main_input_name`` and the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +16,12 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from irprune.backend.hf_stream import buffers_on_meta, of_model
 from irprune.errors import DataError, TargetError, TraceError
 from irprune.frontend import text
 from irprune.frontend.batches import Binding, counted, read
 from irprune.frontend.export import trace
-from irprune.frontend.hf_checkpoint import Checkpoint, quiet
+from irprune.frontend.hf_checkpoint import Checkpoint, Loading, quiet, without_cache
 from irprune.frontend.hf_inputs import Reader
 from irprune.frontend.hf_pretrained import pretrained
 from irprune.frontend.objectives import Batch, Kind, Objective
@@ -48,6 +50,11 @@ class Options(BaseModel):
         + ".",
     )
     meta: bool = Field(False, description="Build the model on the meta device from its configuration alone: no weights, no data.")
+    lazy: bool = Field(
+        False,
+        description="Leave the weights in the checkpoint's safetensors files and read each when it is needed, for checkpoints larger "
+        "than memory.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub repository.")
     trust_remote_code: bool = Field(False, description="Run the modelling code that comes with the checkpoint.")
 
@@ -82,7 +89,8 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
     """
     with quiet():
         checkpoint = Checkpoint.find(target, options.revision, options.trust_remote_code)
-        model, kind, notes = checkpoint.build(dtype=options.dtype, attention=options.attention, meta=options.meta, seed=seed)
+        how: Loading = "meta" if options.meta else "lazy" if options.lazy else "whole"
+        model, kind, notes = checkpoint.build(dtype=options.dtype, attention=options.attention, how=how, seed=seed)
         reader = Reader(model, kind, _length(checkpoint.config, options.sequence), checkpoint.preprocessor())
         tokenizer, reason = checkpoint.tokenizer() if reader.reads_text and not options.meta else (None, None)
     if reason is not None:
@@ -96,10 +104,15 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
     if rows is None and file is None and not reader.reads_text and not options.meta:
         notes.append("calibration inputs are noise; give real ones with --calibration FILE")
     with quiet():
-        program = _traced(reader, options.batch, seed, rows, options.outputs)
+        retrace = functools.partial(_lazily, batch=options.batch, seed=seed, rows=rows, outputs=options.outputs)
+        if how == "lazy":
+            program = retrace(reader)
+            program = dataclasses.replace(program, source=of_model(model, checkpoint.folder(), program))
+        else:
+            program = _traced(reader, options.batch, seed, rows, options.outputs)
     program = _noted(program, [*notes, *_unused(model, program)])
     task = Task(target=target, inputs=Binding([], program.interface), seed=seed)
-    source = pretrained(model, checkpoint)
+    source = pretrained(model, checkpoint, retrace=lambda other: retrace(dataclasses.replace(reader, model=other)))
     files = _Files(reader, program, tokenizer, options, seed)
     if options.meta or (instructions is None and file is None and rows is None and reader.reads_text):
         return program, (task, source)
@@ -109,6 +122,17 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
         data = _derived(reader, program, rows, options, seed)
     names = tuple(program.interface.example[1])
     return program, (_with_data(task, _objective(kind, program, tokenizer), *data, names, files), source)
+
+
+def _lazily(reader: Reader, batch: int, seed: int, rows: torch.Tensor | None, outputs: str | None) -> Program:
+    """A program traced from a model without weights; its example inputs have their data."""
+    without_cache(reader.config)
+    with buffers_on_meta(reader.model):
+        program = _traced(reader, batch, seed, rows, outputs)
+    names = tuple(program.interface.example[1])
+    example = reader.batch(names, batch, torch.Generator().manual_seed(seed), None if rows is None else rows[:batch])
+    interface = dataclasses.replace(program.interface, example=((), {name: example[name] for name in names}))
+    return dataclasses.replace(program, interface=interface)
 
 
 def _objective(kind: Kind, program: Program, tokenizer: Any | None) -> Objective:

@@ -150,11 +150,13 @@ class Pretrained(Fact):
         config: Its configuration as the checkpoint has it.
         companions: Writes what lies beside the weights (tokenizer, preprocessor, generation settings) into
             a directory; gives notes for the user.
+        retrace: Traces a model of the same class, without weights, as the original was traced.
     """
 
     model: Any
     config: Any = field(repr=False)
     companions: Callable[[Path], list[str]] = field(repr=False)
+    retrace: Callable[[Any], Program] | None = field(default=None, repr=False)
     lasting: ClassVar[bool] = True
 
 

@@ -489,7 +489,7 @@ def test_weights_that_the_checkpoint_lacks_are_a_note(llama: str, tmp_path: Path
     assert program.interface.notes[0] == f"the checkpoint lacks {name}: newly initialised from the seed"
     checkpoint = Checkpoint.find(f"hf:{tmp_path}")
     for seed in (0, 1):
-        model, _, _ = checkpoint.build(dtype="float32", attention="sdpa", meta=False, seed=seed)
+        model, _, _ = checkpoint.build(dtype="float32", attention="sdpa", how="whole", seed=seed)
         assert torch.equal(model.get_parameter(name), program.tensors[name]) == (seed == 0)
 
 

@@ -55,21 +55,20 @@ class Study:
         return out
 
     @cached_property
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The parameters that have structures, detached.
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The parameters that have structures, detached; read when they are asked for where the program does not hold them.
 
         Raises:
             DataError: A parameter is on the meta device: it has a shape and no values.
         """
-        out = {name: self.program.tensors[name].detach() for name in self.by_tensor}
-        for name, weight in out.items():
-            if weight.is_meta:
-                raise DataError(
-                    "the parameter is on the meta device and has no values to score",
-                    where=name,
-                    hint="load the model with its weights, or score with criterion=random",
-                )
-        return out
+        if not self.program.has_data:
+            name = next(name for name in self.by_tensor if self.program.tensors[name].is_meta)
+            raise DataError(
+                "the parameter is on the meta device and has no values to score",
+                where=name,
+                hint="load the model with its weights, or score with criterion=random",
+            )
+        return _Weights(self.program, tuple(self.by_tensor))
 
     def folded(self, name: str, quantity: Quantity, *tensors: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """The numbers of a parameter's structures, each with the sums of a quantity per index (:func:`fold`)."""
@@ -101,6 +100,23 @@ class Study:
             else np.zeros(group.size)
             for group in self.groups
         }
+
+
+class _Weights(Mapping[str, torch.Tensor]):
+    """Parameters by name, none of them kept."""
+
+    def __init__(self, program: Program, names: tuple[str, ...]) -> None:
+        self._program = program
+        self._names = names
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._program.value(name).detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Criterion(BaseModel):

@@ -65,12 +65,13 @@ def structures(program: Program, groups: Iterable[Group]) -> tuple[Structure, ..
         for member in group.members:
             if program.is_parameter(member.tensor):
                 tensor = program.tensors[member.tensor]
+                device = torch.device("cpu") if tensor.is_meta else tensor.device
                 length = tensor.shape[member.axis]
                 owned = [index_of[here] * length + here for index_of in member.maps for here in [np.flatnonzero(index_of >= 0)]]
                 indices, positions = np.divmod(np.unique(np.concatenate(owned)), length)
                 lengths = np.bincount(indices, minlength=group.size)
-                moved = torch.from_numpy(positions).to(tensor.device), torch.from_numpy(lengths).to(tensor.device)
-                moved = shared.setdefault((positions.tobytes() + lengths.tobytes(), tensor.device), moved)
+                moved = torch.from_numpy(positions).to(device), torch.from_numpy(lengths).to(device)
+                moved = shared.setdefault((positions.tobytes() + lengths.tobytes(), device), moved)
                 found.append(Structure(group.name, group.size, tensor.numel(), member, *moved))
     return tuple(found)
 

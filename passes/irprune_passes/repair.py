@@ -61,8 +61,8 @@ class Repair(Pass):
     it. With samples ``x`` of the pruned program and targets ``t`` from the original one:
 
     - ``least_squares`` minimises ``sum |t - W x - b|^2 + damping sum_j |x_j|^2 |W_j - W_kept,j|^2`` over
-      ``W``, and over ``b`` where the layer has a bias; ``j`` are features and columns. Without a ridge, and for a single layer whose other inputs are
-      the original's, that is ``W[:, K] = W H[:, K] H[K, K]^-1``.
+      ``W``, and over ``b`` where the layer has a bias; ``j`` are features and columns. Without the
+      ridge, and for the first layer that was pruned, that is ``W[:, K] = W H[:, K] H[K, K]^-1``.
     - ``bias_fold`` minimises over ``b`` alone: the mean of what was removed goes into the bias.
 
     The ridge pulls towards the weights that are there, so the error on the calibration data never

@@ -130,7 +130,7 @@ def test_no_data_is_an_error() -> None:
         observe(program, None, readers(program), ("sum",), purpose="the test")
     with pytest.raises(DataError, match="the calibration data is empty"):
         observe(program, task([]), readers(program), ("sum",), purpose="the test")
-    with pytest.raises(DataError, match="calibration batch 0.*the batch does not fit the model"):
+    with pytest.raises(DataError, match=r"calibration batch 0.*the batch does not fit the model"):
         observe(program, task([(torch.zeros(4, 7),)]), readers(program), ("sum",), purpose="the test")
 
 

@@ -280,7 +280,7 @@ def test_groups_that_mix_or_have_no_reader_are_left_out_and_refused() -> None:
     groups = discover(program)
     found = _scores(program, groups, task([(x,)], loss=None), criterion="obs")
     assert found.scores == {}
-    with pytest.raises(DataError, match="group .* has no scores") as refused:
+    with pytest.raises(DataError, match=r"group .* has no scores") as refused:
         Prune(ratio=0.2, kinds="all").run(program, Facts([groups, found, Original(program)]))
     assert "where its criterion cannot measure the group" in str(refused.value)
     assert set(_scores(program, groups, task([(x,)], loss=None), criterion="activation").scores) == {g.name for g in groups.prunable}

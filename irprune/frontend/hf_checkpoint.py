@@ -178,10 +178,7 @@ class Checkpoint:
 
     def tokenizer(self) -> tuple[Any | None, str | None]:
         """The tokenizer, or the reason why there is none."""
-        try:
-            return transformers.AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.code, **self.where), None
-        except Exception as error:
-            return None, blame.first_line(error)
+        return tokenizer_at(self.location, self.code, **self.where)
 
     def preprocessor(self) -> dict[str, Any]:
         """The image processor's settings; empty if the checkpoint has none."""
@@ -192,6 +189,14 @@ class Checkpoint:
             return {}
         settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         return settings if isinstance(settings, dict) else {}
+
+
+def tokenizer_at(location: str, code: bool = False, **where: Any) -> tuple[Any | None, str | None]:
+    """The tokenizer in a directory or of a hub id, or the reason why there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=code, **where), None
+    except Exception as error:
+        return None, blame.first_line(error)
 
 
 def _names(table: str) -> dict[str, tuple[str, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -66,8 +66,10 @@ class Repair(Pass):
     - ``bias_fold`` minimises over ``b`` alone: the mean of what was removed goes into the bias.
 
     The ridge pulls towards the weights that are there, so the error on the calibration data never
-    grows. Layers without a bias get none: checkpoint formats know none for them, and ``bias_fold``
-    leaves such a layer as it is and says so.
+    grows. Memory: twice ``8 in^2`` bytes for the layer at work, and the values that are alive between
+    two layers, of both programs and for all batches.
+    Layers without a bias get none: checkpoint formats know none for them, and ``bias_fold`` leaves
+    such a layer as it is and says so.
 
     The weights that result are not in the recipe. A run that replays it repairs again.
 
@@ -90,7 +92,11 @@ class Repair(Pass):
     readers: Literal["pruned", "all"] = Field(
         "pruned", description="Fit the layers that read less than before, or every layer, as all of them read something else than before."
     )
-    damping: float = Field(0.01, ge=0, description="The ridge, as a part of each feature's energy.")
+    damping: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="The ridge, as a part of each feature's energy. auto: for each layer the one that is best on batches that it was not "
+        "fitted to (every other batch against the rest; 0.01 where there is only one).",
+    )
     batches: int | None = Field(None, ge=1, description="Use at most this many calibration batches. none: all of them.")
     seed: int | None = Field(None, ge=0, description="Seed of operations that draw random numbers. none: that of the run.")
 
@@ -146,16 +152,16 @@ class _Work:
         changed: dict[str, torch.Tensor] = {}
         whole, pruned = Walk(self.before, batches), Walk(self.after, batches)
         for together in track(self._stops(), "repair"):
-            systems = {reader: self._system(reader, pruned) for reader in together}
+            systems = {reader: (self._system(reader, pruned), self._system(reader, pruned)) for reader in together}
             first = together[0]
             pairs = zip(whole.advance(first.node, through=True), pruned.advance(first.node), strict=True)
-            for wanted, found in pairs:
+            for number, (wanted, found) in enumerate(pairs):
                 x = first.samples(found(first.operand))
                 gram = x.mT @ x if self.options.method == "least_squares" else None
-                for reader, system in systems.items():
-                    system.add(x, gram, reader.results(self._target(reader, wanted, found)))
-            for reader, system in systems.items():
-                changed.update(self._solved(reader, system, pruned))
+                for reader, folds in systems.items():
+                    folds[number % 2].add(x, gram, reader.results(self._target(reader, wanted, found)))
+            for reader, folds in systems.items():
+                changed.update(self._solved(reader, folds, pruned))
         return changed
 
     def _stops(self) -> list[list[Reader]]:
@@ -198,9 +204,11 @@ class _Work:
         bias = None if reader.bias is None else pruned.tensors[reader.bias].double().reshape(matrix.shape[0], -1)
         return System(matrix, bias, self.options.method)
 
-    def _solved(self, reader: Reader, system: System, pruned: Walk) -> dict[str, torch.Tensor]:
+    def _solved(self, reader: Reader, folds: tuple[System, System], pruned: Walk) -> dict[str, torch.Tensor]:
         """The new tensors of a reader, if they are better as they are stored."""
-        weight, bias = system.solve(self.options.damping)
+        damping = chosen(*folds) if self.options.damping == "auto" else self.options.damping
+        system = folds[0].merged(folds[1])
+        weight, bias = system.solve(damping)
         old = pruned.tensors[reader.weight]
         new = {reader.weight: reader.weight_of(weight, old).contiguous()}
         if reader.bias is not None and bias is not None:
@@ -277,6 +285,15 @@ class System:
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums[name].add_(value) if name in self._sums else value.double()
 
+    def merged(self, other: System) -> System:
+        """This problem with the samples of another one of the same layer, which must not be used any more."""
+        if other.count:
+            self.count += other.count
+            self.energy += other.energy
+            for name, value in other._sums.items():
+                self._add(name, value)
+        return self
+
     def error(self, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
         """The squared error of a weight (with ``bias_fold`` always the layer's own) and a bias."""
         if self.method == "bias_fold":
@@ -305,3 +322,18 @@ class System:
         if self.bias is None:
             return weight, None
         return weight, (t - (weight @ x[..., None])[..., 0]) / self.count
+
+
+def chosen(first: System, second: System) -> float:
+    """The damping that is best on what was not fitted, of a few between none to speak of and no change."""
+    if not (first.count and second.count) or first.method == "bias_fold":
+        return DAMPING
+
+    def unseen(damping: float) -> float:
+        return second.error(*first.solve(damping)) + first.error(*second.solve(damping))
+
+    return min(DAMPINGS, key=unseen)
+
+
+DAMPING = 0.01
+DAMPINGS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)

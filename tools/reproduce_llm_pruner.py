@@ -137,7 +137,8 @@ def cells(setting: Setting, recovery: str, best_recovery: str) -> Iterator[Cell]
             "random": ("random", block("criterion=random")),
             "channel": ("channel, element-1", f"score{{{taylor}}},prune{{ratio={part} kinds=residual}}"),
             "vector": ("vector", block(f"{taylor} mode=vector")),
-            "element2": ("element-2", block(f"{taylor} order=mixed")),
+            "element2": ("element-2", block(f"{taylor} order=2")),
+            "mixed": ("element, both orders (equation 5)", block(f"{taylor} order=mixed")),
             "element1": ("element-1", block(taylor)),
         }
         for name, (title, pipeline) in lines.items():
@@ -150,10 +151,11 @@ def cells(setting: Setting, recovery: str, best_recovery: str) -> Iterator[Cell]
             "global": ("element-1, one ranking over all blocks", block(taylor).replace("prune{", "prune{allocation=global ")),
             "element1-ffn": ("element-1, ffn of all blocks", ffn),
             "activation-ffn": ("activations, ffn of all blocks", ffn.replace(taylor, "criterion=activation")),
+            "element1-ls": ("the same with least squares", f"{ffn},repair"),
             "best": ("irprune, best recipe", BEST[ratio]),
         }
         if ratio == 50:
-            del more["element1-ffn"], more["activation-ffn"]
+            del more["element1-ffn"], more["activation-ffn"], more["element1-ls"]
         for name, (title, pipeline) in more.items():
             yield Cell(f"{ratio}-{name}", title, pipeline)
         yield Cell(f"{ratio}-best-tuned", "irprune, best recipe", f"{BEST[ratio]},{best_recovery}")
@@ -376,6 +378,11 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{mean:{form}}" + (f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else "")
 
 
+def _done(path: Path, cell: Cell) -> bool:
+    """Whether the cell's file is there and says what this cell does."""
+    return path.exists() and json.loads(path.read_text())["pipeline"] == cell.pipeline
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="directory of a Hugging Face checkpoint")
@@ -399,7 +406,7 @@ def main() -> None:
     wanted = [cell for cell in wanted if options.recovery or "-tuned" not in cell.name]
     for cell in wanted:
         path = bench.out / f"{cell.name}.json"
-        if options.report_only or path.exists() or not any(fnmatch.fnmatch(cell.name, pattern) for pattern in patterns):
+        if options.report_only or _done(path, cell) or not any(fnmatch.fnmatch(cell.name, pattern) for pattern in patterns):
             continue
         try:
             found = bench.run(cell)
@@ -408,7 +415,7 @@ def main() -> None:
         write_text(path, json.dumps(found, indent=2) + "\n")
         said = found.get("error") or ", ".join(f"{name} {found[name]:.2f}" for name in bench.texts)
         print(f"{cell.name}: {said}", flush=True)
-    known = {cell.name: json.loads(path.read_text()) for cell in wanted if (path := bench.out / f"{cell.name}.json").exists()}
+    known = {cell.name: json.loads(path.read_text()) for cell in wanted if _done(path := bench.out / f"{cell.name}.json", cell)}
     command = " ".join(["python", *(shlex.quote(argument) for argument in (sys.argv[0], *sys.argv[1:]) if argument != "--report-only")])
     report = Path(options.report) if options.report else bench.out / "results.md"
     write_text(report, tables(bench, known, command))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -89,6 +88,11 @@ class Repair(Pass):
         description="What to match: the original layer's output, or, where the output is added to a stream, the original stream after "
         "the addition, which corrects what earlier layers did to it as well.",
     )
+    samples: Literal["equal", "relative"] = Field(
+        "relative",
+        description="How samples of a stream count: the same, or less where the stream is larger than its median size, as the norm that "
+        "follows divides by it (language models have single tokens of a hundred times the usual size).",
+    )
     readers: Literal["pruned", "all"] = Field(
         "pruned", description="Fit the layers that read less than before, or every layer, as all of them read something else than before."
     )
@@ -159,7 +163,11 @@ class _Work:
                 x = first.samples(found(first.operand))
                 gram = x.mT @ x if self.options.method == "least_squares" else None
                 for reader, folds in systems.items():
-                    folds[number % 2].add(x, gram, reader.results(self._target(reader, wanted, found)))
+                    target, weights = self._target(reader, wanted, found)
+                    if weights is None:
+                        folds[number % 2].add(x, gram, target)
+                    else:
+                        folds[number % 2].add_weighted(x, target, weights)
             for reader, folds in systems.items():
                 changed.update(self._solved(reader, folds, pruned))
         return changed
@@ -185,14 +193,20 @@ class _Work:
         axes = self.before.typing.axes.get(reader.operand)
         return isinstance(axes, tuple) and self.shrink.touched(axes[reader.axis])
 
-    def _target(self, reader: Reader, wanted: Any, found: Any) -> torch.Tensor:
-        """What the reader is to give: the kept part of what the original gives."""
-        axes = self.before.typing.of(reader.node)
-        target = self.shrink.slice(wanted(reader.node), axes)
+    def _target(self, reader: Reader, wanted: Any, found: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the reader is to give, the kept part of what the original gives, and how much its samples count."""
+        output = wanted(reader.node)
+        target = self.shrink.slice(output, self.before.typing.of(reader.node))
         other = self._added(reader) if self.options.target == "stream" else None
         if other is None:
-            return target
-        return target + (self.shrink.slice(wanted(other), self.before.typing.of(other)) - found(other))
+            return reader.results(target), None
+        carried = wanted(other)
+        target = target + (self.shrink.slice(carried, self.before.typing.of(other)) - found(other))
+        if self.options.samples == "equal":
+            return reader.results(target), None
+        size = reader.results(output + carried).square().sum((0, 2), dtype=torch.float64).sqrt()
+        usual = size.median()
+        return reader.results(target), torch.where(size > usual, usual / size, torch.ones_like(size))
 
     def _added(self, reader: Reader) -> str | None:
         """What the output is added to, if that is its only use and was computed before, in both programs."""
@@ -240,7 +254,7 @@ def _partner(program: Program, name: str) -> str | None:
     if bound.get("alpha", 1) != 1 or node not in operands:
         return None
     other = operands[1 - operands.index(node)]
-    if not isinstance(other, fx.Node) or other.op != "call_function" or other.target is operator.getitem:
+    if not isinstance(other, fx.Node) or other.op == "get_attr":
         return None
     places = {node.name: place for place, node in enumerate(program.nodes)}
     if places[other.name] > places[name] or other.meta["val"].shape != node.meta["val"].shape:
@@ -264,21 +278,31 @@ class System:
         self.weight = weight
         self.bias = bias
         self.method = method
-        self.count = 0
+        self.count = 0.0
         self.energy = 0.0
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, x: torch.Tensor, gram: torch.Tensor | None, t: torch.Tensor) -> None:
         """Samples ``x`` ``(G, n, in)``, their Gram matrix ``X X^T`` for least squares, and targets ``t`` ``(G, n, out)``."""
-        self.count += x.shape[1]
+        self._add_sums(x, gram, t, torch.ones(x.shape[1], dtype=torch.float64, device=x.device))
+
+    def add_weighted(self, x: torch.Tensor, t: torch.Tensor, weights: torch.Tensor) -> None:
+        """The same where the error of each sample counts ``weights`` ``(n,)`` times, and its square the square."""
+        scale = weights[:, None].to(x.dtype)
+        x, t = x * scale, t * scale.to(t.dtype)
+        self._add_sums(x, x.mT @ x if self.method == "least_squares" else None, t, weights)
+
+    def _add_sums(self, x: torch.Tensor, gram: torch.Tensor | None, t: torch.Tensor, ones: torch.Tensor) -> None:
+        """``ones`` is what multiplies the bias in each sample."""
+        self.count += float(ones.square().sum())
         self.energy += float(t.double().square().sum())
         if gram is None:
             rest = t.double() - x.double() @ self.weight.mT
-            self._add("rest", rest.sum(1))
+            self._add("rest", ones @ rest)
             self._add("square", rest.square().sum())
         else:
-            self._add("x", x.sum(1, dtype=torch.float64))
-            self._add("t", t.sum(1, dtype=torch.float64))
+            self._add("x", ones @ x.double())
+            self._add("t", ones @ t.double())
             self._add("xx", gram)
             self._add("tx", t.mT @ x.to(t.dtype))
 

@@ -2,8 +2,8 @@
 
 A LLaMA-like model with random weights is pruned and repaired. Measured in processor time of one
 thread, the best of the rounds: the forward passes of the original model over all calibration batches,
-the pass ``repair``, and what of it are the solves (factorisations and their right sides). The exit
-status is 1 if repair without the solves takes more than twice the forward passes.
+the pass ``repair``, and what of it are the solves: normal equations, factorisations, the choice of the
+damping. The exit status is 1 if repair without the solves takes more than twice the forward passes.
 
     python tools/bench_repair.py [--layers 8] [--width 384] [--batches 4] [--rounds 3]
 """
@@ -15,8 +15,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from irprune_passes import repair as repairing
 from irprune_passes.prune import Prune
 from irprune_passes.repair import Repair, System
 from irprune_passes.score import Score
@@ -78,15 +80,25 @@ def main() -> None:
     def repair(readers: str) -> Callable[[], object]:
         return lambda: Repair(readers=readers).run(pruned, facts)  # type: ignore[arg-type]
 
-    solve, spent = System.solve, [0.0]
+    spent = [0.0]
+    depth = [0]
 
-    def timed(system: System, damping: float) -> object:
-        start = time.process_time()
-        found = solve(system, damping)
-        spent[0] += time.process_time() - start
-        return found
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            start = time.process_time()
+            depth[0] += 1
+            try:
+                return work(*arguments, **options)
+            finally:
+                depth[0] -= 1
+                spent[0] += time.process_time() - start if not depth[0] else 0.0
 
-    System.solve = timed  # type: ignore[method-assign, assignment]
+        return run
+
+    System.add = timed(System.add)  # type: ignore[method-assign]
+    System.solve = timed(System.solve)  # type: ignore[method-assign]
+    System.error = timed(System.error)  # type: ignore[method-assign]
+    repairing.chosen = timed(repairing.chosen)
     forward()
     plain = min(seconds(forward) for _ in range(options.rounds))
     print(f"forward passes {plain:.2f} s ({options.batches} batches of {ROWS} x {LENGTH} tokens)")

@@ -42,7 +42,7 @@ def flat_batches(program: Program, task: Task | None, *, limit: int | None, purp
             where=task.target if task else None,
             hint="add `def calibration()` (an iterable of batches) to the model file, or give a file with --calibration",
         )
-    device = next((tensor.device for tensor in program.tensors.values()), torch.device("cpu"))
+    device = next((tensor.device for tensor in program.tensors.values() if not tensor.is_meta), torch.device("cpu"))
     found = False
     for number, batch in enumerate(taken(task, limit)):
         found = True

@@ -310,7 +310,7 @@ class Walk:
 
     Between two stretches it holds, for each batch, the values that are still to be used: in a network
     of blocks little more than the residual stream. Weights are read when they are used, so they may
-    be replaced on the way. What follows the last stretch is never run.
+    be replaced on the way (``replaced``). What follows the last stretch is never run.
 
     Args:
         program: The program.
@@ -319,7 +319,7 @@ class Walk:
 
     def __init__(self, program: Program, batches: Sequence[list[Any]] = ()) -> None:
         self.program = program
-        self.tensors = {name: tensor.detach() for name, tensor in program.tensors.items()}
+        self.replaced: dict[str, torch.Tensor] = {}
         self._nodes = list(program.nodes)
         self._places = {node.name: place for place, node in enumerate(self._nodes)}
         self._last = [max((self._places[user.name] for user in node.users), default=place) for place, node in enumerate(self._nodes)]
@@ -336,6 +336,11 @@ class Walk:
     def place(self, name: str) -> int:
         """The place of an operation in execution order."""
         return self._places[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter or buffer as the walk uses it from here on: the program's, or what stands in ``replaced``."""
+        found = self.replaced.get(name)
+        return self.program.tensors[name].detach() if found is None else found
 
     def _start(self, flat: Sequence[Any]) -> dict[fx.Node, Any]:
         inputs = [node for node in self._nodes if node.op == "placeholder"]
@@ -383,7 +388,7 @@ class Walk:
     def value(self, node: fx.Node, state: dict[fx.Node, Any], passing: dict[fx.Node, Any]) -> Any:
         """A value that is there, or computed now: weights always are, so that one that was replaced counts."""
         if node.op == "get_attr":
-            return self.tensors[str(node.target)]
+            return self.tensor(str(node.target))
         if node in state:
             return state[node]
         if node not in passing:

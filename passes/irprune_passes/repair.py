@@ -98,8 +98,8 @@ class Repair(Pass):
     )
     damping: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="The ridge, as a part of each feature's energy. auto: for each layer the one that is best on batches that it was not "
-        "fitted to (every other batch against the rest; 0.01 where there is only one).",
+        description="The ridge, as a part of each feature's energy. auto: for each layer one of four that is best on every "
+        "other batch when fitted to the rest; 0.01 where there is only one.",
     )
     batches: int | None = Field(None, ge=1, description="Use at most this many calibration batches. none: all of them.")
     seed: int | None = Field(None, ge=0, description="Seed of operations that draw random numbers. none: that of the run.")
@@ -161,13 +161,9 @@ class _Work:
             pairs = zip(whole.advance(first.node, through=True), pruned.advance(first.node), strict=True)
             for number, (wanted, found) in enumerate(pairs):
                 x = first.samples(found(first.operand))
-                gram = x.mT @ x if self.options.method == "least_squares" else None
+                gram = x.mT @ x if len(systems) > 1 and self.options.method == "least_squares" else None
                 for reader, folds in systems.items():
-                    target, weights = self._target(reader, wanted, found)
-                    if weights is None:
-                        folds[number % 2].add(x, gram, target)
-                    else:
-                        folds[number % 2].add_weighted(x, target, weights)
+                    folds[number % 2].add(x, *self._target(reader, wanted, found, gram))
             for reader, folds in systems.items():
                 changed.update(self._solved(reader, folds, pruned))
         return changed
@@ -193,20 +189,22 @@ class _Work:
         axes = self.before.typing.axes.get(reader.operand)
         return isinstance(axes, tuple) and self.shrink.touched(axes[reader.axis])
 
-    def _target(self, reader: Reader, wanted: Any, found: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the reader is to give, the kept part of what the original gives, and how much its samples count."""
+    def _target(
+        self, reader: Reader, wanted: Any, found: Any, gram: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What the reader is to give: the kept part of what the original gives. With the Gram matrix and what samples count."""
         output = wanted(reader.node)
         target = self.shrink.slice(output, self.before.typing.of(reader.node))
         other = self._added(reader) if self.options.target == "stream" else None
         if other is None:
-            return reader.results(target), None
+            return reader.results(target), gram, None
         carried = wanted(other)
         target = target + (self.shrink.slice(carried, self.before.typing.of(other)) - found(other))
         if self.options.samples == "equal":
-            return reader.results(target), None
-        size = reader.results(output + carried).square().sum((0, 2), dtype=torch.float64).sqrt()
+            return reader.results(target), gram, None
+        size = reader.results(output + carried).square().sum((0, 2)).sqrt()
         usual = size.median()
-        return reader.results(target), torch.where(size > usual, usual / size, torch.ones_like(size))
+        return reader.results(target), gram, torch.where(size > usual, usual / size, torch.ones_like(size))
 
     def _added(self, reader: Reader) -> str | None:
         """What the output is added to, if that is its only use and was computed before, in both programs."""
@@ -214,8 +212,8 @@ class _Work:
         return other if other is not None and _partner(self.before, reader.node) == other else None
 
     def _system(self, reader: Reader, pruned: Walk) -> System:
-        matrix = reader.matrix(pruned.tensors[reader.weight].double())
-        bias = None if reader.bias is None else pruned.tensors[reader.bias].double().reshape(matrix.shape[0], -1)
+        matrix = reader.matrix(pruned.tensor(reader.weight).double())
+        bias = None if reader.bias is None else pruned.tensor(reader.bias).double().reshape(matrix.shape[0], -1)
         return System(matrix, bias, self.options.method)
 
     def _solved(self, reader: Reader, folds: tuple[System, System], pruned: Walk) -> dict[str, torch.Tensor]:
@@ -223,10 +221,10 @@ class _Work:
         damping = chosen(*folds) if self.options.damping == "auto" else self.options.damping
         system = folds[0].merged(folds[1])
         weight, bias = system.solve(damping)
-        old = pruned.tensors[reader.weight]
+        old = pruned.tensor(reader.weight)
         new = {reader.weight: reader.weight_of(weight, old).contiguous()}
         if reader.bias is not None and bias is not None:
-            new[reader.bias] = bias.reshape(pruned.tensors[reader.bias].shape).to(pruned.tensors[reader.bias].dtype)
+            new[reader.bias] = bias.reshape(pruned.tensor(reader.bias).shape).to(pruned.tensor(reader.bias).dtype)
         stored = reader.matrix(new[reader.weight].double())
         held = None if reader.bias is None else new[reader.bias].double().reshape(stored.shape[0], -1)
         error, fitted = system.error(system.weight, system.bias), system.error(stored, held)
@@ -237,7 +235,7 @@ class _Work:
             return {}
         if self.options.method == "bias_fold":
             del new[reader.weight]
-        pruned.tensors.update(new)
+        pruned.replaced.update(new)
         return new
 
 
@@ -282,29 +280,30 @@ class System:
         self.energy = 0.0
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, x: torch.Tensor, gram: torch.Tensor | None, t: torch.Tensor) -> None:
-        """Samples ``x`` ``(G, n, in)``, their Gram matrix ``X X^T`` for least squares, and targets ``t`` ``(G, n, out)``."""
-        self._add_sums(x, gram, t, torch.ones(x.shape[1], dtype=torch.float64, device=x.device))
+    def add(self, x: torch.Tensor, t: torch.Tensor, gram: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> None:
+        """Take samples in.
 
-    def add_weighted(self, x: torch.Tensor, t: torch.Tensor, weights: torch.Tensor) -> None:
-        """The same where the error of each sample counts ``weights`` ``(n,)`` times, and its square the square."""
-        scale = weights[:, None].to(x.dtype)
-        x, t = x * scale, t * scale.to(t.dtype)
-        self._add_sums(x, x.mT @ x if self.method == "least_squares" else None, t, weights)
-
-    def _add_sums(self, x: torch.Tensor, gram: torch.Tensor | None, t: torch.Tensor, ones: torch.Tensor) -> None:
-        """``ones`` is what multiplies the bias in each sample."""
+        Args:
+            x: What is read, ``(G, n, in)``.
+            t: Targets, ``(G, n, out)``.
+            gram: ``X X^T`` where it is known and all samples count the same.
+            weights: ``(n,)``: what the error of each sample is multiplied by.
+        """
+        if weights is not None:
+            x, t, gram = x * weights[:, None], t * weights[:, None], None
+        ones = x.new_ones(x.shape[1]) if weights is None else weights  # what multiplies the bias
         self.count += float(ones.square().sum())
-        self.energy += float(t.double().square().sum())
-        if gram is None:
+        self.energy += float(t.square().sum(dtype=torch.float64))
+        if self.method == "bias_fold":
             rest = t.double() - x.double() @ self.weight.mT
-            self._add("rest", ones @ rest)
+            self._add("rest", ones.double() @ rest)
             self._add("square", rest.square().sum())
-        else:
-            self._add("x", ones @ x.double())
-            self._add("t", ones @ t.double())
-            self._add("xx", gram)
-            self._add("tx", t.mT @ x.to(t.dtype))
+            return
+        if self.bias is not None:
+            self._add("x", ones @ x)
+            self._add("t", ones @ t)
+        self._add("xx", x.mT @ x if gram is None else gram)
+        self._add("tx", t.mT @ x)
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums[name].add_(value) if name in self._sums else value.double()
@@ -349,15 +348,11 @@ class System:
 
 
 def chosen(first: System, second: System) -> float:
-    """The damping that is best on what was not fitted, of a few between none to speak of and no change."""
+    """The damping that is best on samples that were not fitted: fitted on the first problem, measured on the second."""
     if not (first.count and second.count) or first.method == "bias_fold":
         return DAMPING
-
-    def unseen(damping: float) -> float:
-        return second.error(*first.solve(damping)) + first.error(*second.solve(damping))
-
-    return min(DAMPINGS, key=unseen)
+    return min(DAMPINGS, key=lambda damping: second.error(*first.solve(damping)))
 
 
 DAMPING = 0.01
-DAMPINGS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 10.0)
+DAMPINGS = (0.003, 0.03, 0.3, 3.0)

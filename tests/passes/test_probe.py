@@ -147,7 +147,7 @@ def test_a_walk_uses_weights_that_are_replaced_on_the_way() -> None:
     new = tensor(4, 5, seed=7)
     for _ in walk.advance(second.node):
         pass
-    walk.tensors[second.weight] = new
+    walk.replaced[second.weight] = new
     for x, value in zip(batches, walk.advance(third.node), strict=True):
         expected = torch.relu(x @ program.tensors[first.weight].T @ new.T)
         torch.testing.assert_close(value(third.operand), expected)

@@ -289,14 +289,14 @@ def test_damping_is_chosen_on_what_was_not_fitted() -> None:
         systems = [System(torch.zeros_like(weight), None) for _ in range(2)]
         for number, system in enumerate(systems):
             rows = x[:, 20 * number : 20 * number + 20]
-            system.add(rows, rows.mT @ rows, rows @ weight.mT + noise * tensor(1, 20, 3, seed=6 + number))
+            system.add(rows, rows @ weight.mT + noise * tensor(1, 20, 3, seed=6 + number))
         folds.append(systems)
     assert chosen(*folds[0]) == DAMPINGS[0]
     assert chosen(*folds[1]) > 0.1
     assert chosen(folds[1][0], System(weight, None)) == DAMPING
     together = folds[0][0].merged(folds[0][1])
     whole = System(torch.zeros_like(weight), None)
-    whole.add(x, x.mT @ x, x @ weight.mT)
+    whole.add(x, x @ weight.mT, x.mT @ x)
     torch.testing.assert_close(together.solve(0)[0], whole.solve(0)[0])
     assert together.count == 40
 

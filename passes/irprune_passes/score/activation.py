@@ -83,7 +83,7 @@ class Activation(Criterion):
         }[self.statistic]()
         if self.weighting == "none":
             return statistic
-        weight = reader.matrix(study.program.tensors[reader.weight].detach().double())
+        weight = reader.matrix(study.weights[reader.weight].double())
         return statistic.square() * weight.square().sum(1) if self.weighting == "l2" else statistic * weight.abs().sum(1)
 
     def _totals(self, columns: torch.Tensor, features: np.ndarray) -> Array:

@@ -99,7 +99,7 @@ class Layer:
     @classmethod
     def of(cls, reader: Reader, study: Study, gram: torch.Tensor, features: npt.NDArray[np.int64], damping: float) -> Layer:
         """A reader with the Gram matrix of what it reads."""
-        weight = reader.matrix(study.program.tensors[reader.weight].detach().double())
+        weight = reader.matrix(study.weights[reader.weight].double())
         weight = weight * (gram.diagonal(dim1=-2, dim2=-1) > 0)[:, None]  # what reads nothing costs nothing
         return cls(weight, torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping))), features)
 

@@ -117,7 +117,7 @@ SETTINGS = {
     True: Setting({20: "layers=1:", 50: "layers=1:"}),
 }
 BEST = {
-    20: "score{criterion=activation},prune{ratio=0.2 kinds=ffn},repair{readers=all}",
+    20: "score{criterion=activation},prune{ratio=0.2 kinds=ffn},repair",
     50: "score{criterion=activation},prune{ratio=0.5 kinds=[ffn,heads]},repair{readers=all}",
 }
 

@@ -88,11 +88,6 @@ class Repair(Pass):
         description="What to match: the original layer's output, or, where the output is added to a stream, the original stream after "
         "the addition, which corrects what earlier layers did to it as well.",
     )
-    samples: Literal["equal", "relative"] = Field(
-        "relative",
-        description="How samples of a stream count: the same, or less where the stream is larger than its median size, as the norm that "
-        "follows divides by it (language models have single tokens of a hundred times the usual size).",
-    )
     readers: Literal["pruned", "all"] = Field(
         "pruned", description="Fit the layers that read less than before, or every layer, as all of them read something else than before."
     )
@@ -161,9 +156,9 @@ class _Work:
             pairs = zip(whole.advance(first.node, through=True), pruned.advance(first.node), strict=True)
             for number, (wanted, found) in enumerate(pairs):
                 x = first.samples(found(first.operand))
-                gram = x.mT @ x if len(systems) > 1 and self.options.method == "least_squares" else None
+                gram = x.mT @ x if self.options.method == "least_squares" else None
                 for reader, folds in systems.items():
-                    folds[number % 2].add(x, *self._target(reader, wanted, found, gram))
+                    folds[number % 2].add(x, reader.results(self._target(reader, wanted, found)), gram)
             for reader, folds in systems.items():
                 changed.update(self._solved(reader, folds, pruned))
         return changed
@@ -189,22 +184,13 @@ class _Work:
         axes = self.before.typing.axes.get(reader.operand)
         return isinstance(axes, tuple) and self.shrink.touched(axes[reader.axis])
 
-    def _target(
-        self, reader: Reader, wanted: Any, found: Any, gram: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """What the reader is to give: the kept part of what the original gives. With the Gram matrix and what samples count."""
-        output = wanted(reader.node)
-        target = self.shrink.slice(output, self.before.typing.of(reader.node))
+    def _target(self, reader: Reader, wanted: Any, found: Any) -> torch.Tensor:
+        """What the reader is to give: the kept part of what the original gives."""
+        target = self.shrink.slice(wanted(reader.node), self.before.typing.of(reader.node))
         other = self._added(reader) if self.options.target == "stream" else None
         if other is None:
-            return reader.results(target), gram, None
-        carried = wanted(other)
-        target = target + (self.shrink.slice(carried, self.before.typing.of(other)) - found(other))
-        if self.options.samples == "equal":
-            return reader.results(target), gram, None
-        size = reader.results(output + carried).square().sum((0, 2)).sqrt()
-        usual = size.median()
-        return reader.results(target), gram, torch.where(size > usual, usual / size, torch.ones_like(size))
+            return target
+        return target + (self.shrink.slice(wanted(other), self.before.typing.of(other)) - found(other))
 
     def _added(self, reader: Reader) -> str | None:
         """What the output is added to, if that is its only use and was computed before, in both programs."""
@@ -276,33 +262,23 @@ class System:
         self.weight = weight
         self.bias = bias
         self.method = method
-        self.count = 0.0
+        self.count = 0
         self.energy = 0.0
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, x: torch.Tensor, t: torch.Tensor, gram: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> None:
-        """Take samples in.
-
-        Args:
-            x: What is read, ``(G, n, in)``.
-            t: Targets, ``(G, n, out)``.
-            gram: ``X X^T`` where it is known and all samples count the same.
-            weights: ``(n,)``: what the error of each sample is multiplied by.
-        """
-        if weights is not None:
-            x, t, gram = x * weights[:, None], t * weights[:, None], None
-        ones = x.new_ones(x.shape[1]) if weights is None else weights  # what multiplies the bias
-        self.count += float(ones.square().sum())
+    def add(self, x: torch.Tensor, t: torch.Tensor, gram: torch.Tensor | None) -> None:
+        """Samples ``x`` ``(G, n, in)``, targets ``t`` ``(G, n, out)``, and ``X X^T`` where weights are to be fitted."""
+        self.count += x.shape[1]
         self.energy += float(t.square().sum(dtype=torch.float64))
-        if self.method == "bias_fold":
+        if gram is None:
             rest = t.double() - x.double() @ self.weight.mT
-            self._add("rest", ones.double() @ rest)
+            self._add("rest", rest.sum(1))
             self._add("square", rest.square().sum())
             return
         if self.bias is not None:
-            self._add("x", ones @ x)
-            self._add("t", ones @ t)
-        self._add("xx", x.mT @ x if gram is None else gram)
+            self._add("x", x.sum(1, dtype=torch.float64))
+            self._add("t", t.sum(1, dtype=torch.float64))
+        self._add("xx", gram)
         self._add("tx", t.mT @ x)
 
     def _add(self, name: str, value: torch.Tensor) -> None:

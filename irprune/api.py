@@ -27,6 +27,10 @@ from irprune.backend.archive import save_pt2
 from irprune.backend.checkpoint import Recipe, save_recipe
 from irprune.backend.onnx import OnnxFile
 from irprune.errors import DataError, OptionError, PipelineError, ResumeError
+from irprune.evaluate import Predictor, evaluation
+from irprune.evaluate.evaluation import Evaluation
+from irprune.evaluate.perplexity import WINDOW
+from irprune.evaluate.tasks import named as tasks_named
 from irprune.frontend import export
 from irprune.frontend.batches import Binding
 from irprune.ir.facts import Fact, Groups, Note, Original, Plan, PruneReport, Task, Workspace
@@ -45,7 +49,7 @@ from irprune.rules.infer import typed
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
 ONNX = ("model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
-ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "vocabulary.json", *ONNX, *ADAPTERS, "hf")
+ARTEFACTS = (manifest.NAME, evaluation.NAME, RECIPE, ARCHIVE, "vocabulary.json", *ONNX, *ADAPTERS, "hf")
 
 Target = str | os.PathLike[str] | nn.Module | Program
 
@@ -247,6 +251,68 @@ def validate(
     program, facts = load(target, **load_options)
     with tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
         return _run(program, (*facts, file, Workspace(Path(scratch))), pipeline, None, instruments)
+
+
+def evaluate(
+    target: Target,
+    *,
+    texts: Mapping[str, Path] | Sequence[str] = (),
+    tasks: Mapping[str, Path] | Sequence[str] = (),
+    tasks_dir: str | os.PathLike[str] | None = None,
+    backend: str = "auto",
+    tokenizer: Any = None,
+    window: int = WINDOW,
+    windows: int | None = None,
+    batch: int = 8,
+    limit: int | None = None,
+    save: bool = False,
+    **options: Any,
+) -> Evaluation:
+    """Measure a causal language model: perplexity of texts, zero-shot accuracy on tasks.
+
+    Args:
+        target: A model file, ``hf:PATH_OR_ID``, a module, a program, a run directory (its ``model.pt2``
+            or ``model.onnx``) or an ONNX file.
+        texts: Text files by name, or ``FILE`` and ``NAME=FILE``.
+        tasks: Task files by name, or ``NAME=FILE``, or names in ``tasks_dir``; needs the extra ``eval``.
+        tasks_dir: A directory of task files; all of them, where ``tasks`` names none.
+        backend: ``torch``, ``onnx``, or ``auto``: torch where there is a program.
+        tokenizer: A ``transformers`` tokenizer, or where one lies; the target's own if it has one.
+        window: Tokens in a window of text.
+        windows: Most windows of each text.
+        batch: Windows of text in one call.
+        limit: Most documents of each task.
+        save: Write ``evaluation.json`` into the run directory.
+        options: As :func:`load` takes them.
+
+    Raises:
+        IrpruneError: The target, a text or a task cannot be used.
+    """
+    named = texts if isinstance(texts, Mapping) else evaluation.named_texts(texts)
+    chosen = tasks if isinstance(tasks, Mapping) else tasks_named(tasks, Path(tasks_dir) if tasks_dir is not None else None)
+    questions = evaluation.Questions.read(named, chosen, window=window, windows=windows, batch=batch, limit=limit)
+    if backend not in evaluation.BACKENDS:
+        raise OptionError(f"there is no backend '{backend}'", hint=f"give {', '.join(evaluation.BACKENDS)}")
+    place = Path(os.fspath(target)) if isinstance(target, str | os.PathLike) else None
+    folder = place if place is not None and place.is_dir() else None
+    if save and folder is None:
+        raise OptionError("only the evaluation of a run directory can be saved in it", hint="print it with --json instead")
+    name = os.fspath(target) if isinstance(target, str | os.PathLike) else type(target).__name__
+    if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
+        tokenizer = evaluation.tokenizer_of(name, None if tokenizer is None else os.fspath(tokenizer), **options)
+    with tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
+        if folder is not None:
+            predict, used = evaluation.of_run(folder, backend)
+        elif place is not None and place.suffix == ".onnx":
+            if backend == "torch":
+                raise OptionError("an ONNX file runs in onnxruntime only", hint="leave out --backend, or name its run directory")
+            predict, used = Predictor.onnx(place), "onnx"
+        else:
+            predict, used = evaluation.of_program(load(target, **options)[0], backend, Path(scratch))
+        done = evaluation.evaluated(predict, tokenizer, questions, target=name, backend=used)
+    if save and folder is not None:
+        done.write(folder)
+    return done
 
 
 def groups(target: Target, *, freeze: Sequence[str] = (), **options: Any) -> tuple[Program, Groups]:

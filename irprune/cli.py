@@ -165,6 +165,54 @@ def validate(
     _show(done, timing=timing, quiet=quiet)
 
 
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A model file, hf:PATH_OR_ID, a run directory or an ONNX file.")],
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]FILE", help="A text (.txt, .jsonl, .parquet) for perplexity; may be repeated.")
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[=FILE]", help="A task (.jsonl, .txt) for zero-shot accuracy; may be repeated.")
+    ] = None,
+    tasks_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where tasks lie; all of them, where --tasks names none.")] = None,
+    backend: Annotated[str, typer.Option(metavar="NAME", help="torch, onnx, or auto: torch where there is a program.")] = "auto",
+    tokenizer: Annotated[str | None, typer.Option(metavar="PATH_OR_ID", help="A tokenizer in place of the target's own.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window of text.")] = 128,
+    windows: Annotated[int | None, typer.Option(help="Most windows of each text, from its beginning.")] = None,
+    batch: Annotated[int, typer.Option(help="Windows of text in one call.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Most documents of each task, from its beginning.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Write evaluation.json into the run directory.")] = False,
+    seed: Seed = 0,
+    setting: Setting = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a language model: perplexity of texts, zero-shot accuracy on tasks."""
+    from irprune import api
+    from irprune.report import tables
+
+    with _watching(quiet):
+        done = api.evaluate(
+            target,
+            texts=text or (),
+            tasks=tasks or (),
+            tasks_dir=tasks_dir,
+            backend=backend,
+            tokenizer=tokenizer,
+            window=window,
+            windows=windows,
+            batch=batch,
+            limit=limit,
+            save=save,
+            **_loading(seed, None, setting),
+        )
+    if as_json:
+        print(json.dumps(done.data, indent=2))
+    elif not quiet:
+        _console().print(tables.evaluation_table(done))
+        _say([f"in {'onnxruntime' if done.backend == 'onnx' else done.backend} on {done.device}"])
+
+
 @app.command()
 def inspect(
     target: Target,

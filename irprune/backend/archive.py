@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import os
+import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +33,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from irprune.errors import ParityError
+from irprune.errors import DataError, ParityError
 from irprune.ir.program import Program
 from irprune.pipeline.files import atomic
 
@@ -140,6 +143,33 @@ def save_pt2(program: Program, path: str | os.PathLike[str]) -> None:
             torch.export.save(exported, sink)  # type: ignore[arg-type]
             sink.check()
         _check(program, part, Path(path))
+
+
+def load_pt2(path: str | os.PathLike[str]) -> ExportedProgram:
+    """Read an archive that :func:`save_pt2` wrote.
+
+    ``torch.export.load`` unpickles parts of archives of other making. Those are refused, but torch
+    still evaluates the size expressions of the graph, so read archives from people you trust only.
+
+    Raises:
+        DataError: The file is not such an archive, or holds pickled objects.
+    """
+    path = Path(path)
+    hint = "name the directory of a run that has ended; its model.onnx can be used too"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith((".json", ".pt")) or "custom_obj" in name or "opaque" in name]
+            configs = [json.loads(archive.read(name)) for name in names if name.endswith("_config.json")]
+            pickled = any(entry.get("use_pickle") for config in configs for entry in config.get("config", {}).values())
+            for name in names:
+                if name.endswith(".pt"):
+                    torch.load(io.BytesIO(archive.read(name)), weights_only=True)
+        if pickled or any("custom_obj" in name or "opaque" in name for name in names):
+            raise DataError("the archive holds pickled objects, which are not read", where=str(path), hint=hint)
+        return torch.export.load(str(path))
+    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, RuntimeError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"the archive cannot be read: {said}", where=str(path), hint=hint) from error
 
 
 class _Sink(io.RawIOBase):

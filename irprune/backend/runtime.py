@@ -49,27 +49,12 @@ class Session:
     """
 
     def __init__(self, path: Path, program: Program, *, threads: int = 0, provider: Provider = "auto") -> None:
-        import onnxruntime
-
         self.path = path
         self.signature = Signature.of(program)
         parameters = self.signature.parameters
         self._binder = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters])
         self._positional = len(self.signature.income.child(0).children())
-        available = onnxruntime.get_available_providers()
-        if provider == "cuda" and "CUDAExecutionProvider" not in available:
-            raise ExportError("onnxruntime has no CUDA provider here", hint="install onnxruntime-gpu, or give provider=cpu")
-        self.device = "cuda" if provider != "cpu" and "CUDAExecutionProvider" in available else "cpu"
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4
-        # A pool that spins after its run takes the cores from whatever is timed next.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:  # the binding's own exceptions share no narrower base
-            raise _unloadable(path, error) from error
+        self._session, self.device = open_session(path, threads=threads, provider=provider)
         self._elements = {value.name: value.type for value in self._session.get_inputs()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,6 +126,35 @@ class Session:
                 raise DataError(f"input '{name}' is a {given}, the model takes a {self._elements[name]}", hint="convert it with .to()")
             feeds[name] = leaf
         return feeds
+
+
+def open_session(path: Path, *, threads: int = 0, provider: Provider = "auto") -> tuple[Any, str]:
+    """An ``onnxruntime.InferenceSession`` and the device that it runs on, ``cpu`` or ``cuda``.
+
+    Args:
+        path: The model file; external data is found beside it.
+        threads: Threads within one operation; 0 leaves the choice to onnxruntime.
+        provider: Where it runs; ``auto`` takes CUDA where onnxruntime offers it.
+
+    Raises:
+        ExportError: onnxruntime cannot load the file.
+    """
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    if provider == "cuda" and "CUDAExecutionProvider" not in available:
+        raise ExportError("onnxruntime has no CUDA provider here", hint="install onnxruntime-gpu, or give provider=cpu")
+    device = "cuda" if provider != "cpu" and "CUDAExecutionProvider" in available else "cpu"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    # A pool that spins after its run takes the cores from whatever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers), device
+    except Exception as error:  # the binding's own exceptions share no narrower base
+        raise _unloadable(path, error) from error
 
 
 _ONNX_NAME = {

@@ -245,12 +245,7 @@ class Checkpoint:
 
     def tokenizer(self) -> tuple[Any | None, str | None]:
         """The tokenizer, or the reason why there is none."""
-        try:
-            found = transformers.AutoTokenizer.from_pretrained(self.location, trust_remote_code=self.code, **self.where)
-        except Exception as error:
-            return None, blame.first_line(error)
-        # Some classes are built without files, and then know no word.
-        return (found, None) if found.vocab_size else (None, "the checkpoint has no tokenizer files")
+        return tokenizer_at(self.location, self.code, **self.where)
 
     def preprocessor(self) -> dict[str, Any]:
         """The image processor's settings; empty if the checkpoint has none."""
@@ -261,6 +256,16 @@ class Checkpoint:
             return {}
         settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         return settings if isinstance(settings, dict) else {}
+
+
+def tokenizer_at(location: str, code: bool = False, **where: Any) -> tuple[Any | None, str | None]:
+    """The tokenizer in a directory or of a hub id, or the reason why there is none."""
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=code, **where)
+    except Exception as error:
+        return None, blame.first_line(error)
+    # Some classes are built without files, and then know no word.
+    return (found, None) if found.vocab_size else (None, "the checkpoint has no tokenizer files")
 
 
 def _names(table: str) -> dict[str, tuple[str, ...]]:

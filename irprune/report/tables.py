@@ -15,6 +15,8 @@ from rich.table import Table
 from irprune.analysis.cost import Cost
 from irprune.analysis.groups import discover, kept_by
 from irprune.analysis.plan import PlanRow
+from irprune.evaluate.evaluation import Evaluation
+from irprune.evaluate.tasks import averages
 from irprune.ir.facts import Group, Groups, Member
 from irprune.ir.program import Program, location
 from irprune.pipeline.manifest import Manifest
@@ -89,6 +91,28 @@ def run_lines(of: Manifest) -> Iterator[str]:
         yield "not proven: the proof was switched off"
     if of.onnx is not None and of.onnx.parity_max_abs_err is not None:
         yield f"onnxruntime agrees with torch within {of.onnx.parity_max_abs_err:.2g}"
+
+
+# -- evaluations ----------------------------------------------------------------------------------
+
+
+def evaluation_table(of: Evaluation) -> Table:
+    """Perplexity of each text, accuracy on each task, and the averages over tasks."""
+    rows: list[dict[str, str]] = []
+    for name, text in of.texts.items():
+        rows.append({"": name, "perplexity": f"{text.perplexity:,.4g}", "measured on": f"{text.windows:,} x {text.window} tokens"})
+    for name, task in of.tasks.items():
+        row = {"": name, "acc": f"{task.acc:.4f}", "measured on": f"{task.documents:,} documents"}
+        rows.append(row | ({} if task.acc_norm is None else {"acc_norm": f"{task.acc_norm:.4f}"}))
+        rows[-1] |= {} if task.stderr is None else {"±": f"{task.stderr:.4f}"}
+    if len(of.tasks) > 1:
+        means = {name: f"{mean:.4f}" for name, mean in averages(of.tasks).items()}
+        rows.append({"": "average", **means, "measured on": f"{len(of.tasks)} tasks"})
+    columns = [name for name in ("perplexity", "acc", "acc_norm", "±", "measured on") if any(name in row for row in rows)]
+    table = table_of("", *((name, "right") for name in columns))
+    for row in rows:
+        table.add_row(*(escape(row.get(name, "")) for name in ("", *columns)))
+    return table
 
 
 # -- plans ----------------------------------------------------------------------------------------

@@ -287,7 +287,9 @@ def _checked(group: Group, scores: Scores) -> npt.NDArray[np.float64]:
     values = scores.get(group.name)
     if values is None:
         raise DataError(
-            f"group {group.name} has no scores", where="pass prune", hint="put `score` right before `prune`, or exclude the group"
+            f"group {group.name} has no scores",
+            where="pass prune",
+            hint="put `score` right before `prune`; where its criterion cannot measure the group, take another one or exclude the group",
         )
     assert values.shape == (group.size,), f"{group.name}: {values.shape} scores for {group.size} indices"
     wrong = int(np.isnan(values).sum())

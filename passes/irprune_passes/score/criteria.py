@@ -17,6 +17,7 @@ from irprune.errors import DataError
 from irprune.ir.facts import Group, Task
 from irprune.ir.program import Program
 from irprune.pipeline.progress import track
+from irprune_passes.probe import Reader, readers
 from irprune_passes.score.reduce import Array, Quantity, Reduction, Structure, fold, reduce, structures
 
 ENTRY_POINTS = "irprune.criteria"
@@ -45,6 +46,11 @@ class Study:
     @cached_property
     def structures(self) -> tuple[Structure, ...]:
         return structures(self.program, self.groups)
+
+    @cached_property
+    def readers(self) -> tuple[Reader, ...]:
+        """What reads dimensions, in order of execution."""
+        return readers(self.program)
 
     @cached_property
     def by_tensor(self) -> dict[str, list[int]]:
@@ -130,7 +136,10 @@ class Criterion(BaseModel):
     name: ClassVar[str]
 
     def score(self, study: Study) -> Mapping[str, Array]:
-        """One score per index of each group of ``study.groups``; the lowest go first."""
+        """One score per index of each group of ``study.groups``; the lowest go first.
+
+        A group that the criterion cannot measure is left out.
+        """
         raise NotImplementedError
 
     def __str__(self) -> str:

@@ -8,21 +8,19 @@ two parts are added up first).
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Collection, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from irprune.errors import DataError, IrpruneError
+from irprune.errors import DataError
 from irprune.ir.facts import Task
 from irprune.ir.program import Program
 from irprune.pipeline.progress import track
+from irprune_passes.calibration import blamed, mapped, seeded, taken
 from irprune_passes.score.segments import Segmented
 
 Fold: TypeAlias = Callable[[str, torch.Tensor], None]
@@ -77,17 +75,17 @@ def backward(
     device = torch.device("cpu") if program.source is not None else next(program.tensors[name].device for name in names)
     sums: dict[str, torch.Tensor] = {}
 
-    def taken(name: str, gradient: torch.Tensor) -> None:
+    def take(name: str, gradient: torch.Tensor) -> None:
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         sums[name] = gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32))
         fold(name, gradient)
 
     steps = 0
-    ways = _segmented(program, names, taken) if program.source is not None else _hooked(program, names, taken)
-    with ways as forward, _seeded(seed):
-        for number, batch in enumerate(track(_batches(task, batches), label, batches)):
+    ways = _segmented(program, names, take) if program.source is not None else _hooked(program, names, take)
+    with ways as forward, seeded(seed):
+        for number, batch in enumerate(track(taken(task, batches), label, batches)):
             where = f"calibration batch {number}"
-            batch = _mapped(batch, lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf)
+            batch = mapped(batch, lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf)
             for piece in _samples(program, task, batch, where) if per_sample else (batch,):
                 sums.clear()
                 _step(program, task, piece, where, forward)
@@ -103,10 +101,10 @@ def _step(program: Program, task: Task, batch: Any, where: str, forward: Forward
     assert task.inputs is not None
     assert task.loss is not None
     with torch.enable_grad():
-        with _blamed("the batch does not fit the model", where, "yield batches like the example inputs"):
+        with blamed("the batch does not fit the model", where, "yield batches like the example inputs"):
             args, kwargs = task.inputs(batch)
             outputs, finish = forward(args, kwargs)
-        with _blamed("`loss(outputs, batch)` failed", where, "mend the loss of the model file"):
+        with blamed("`loss(outputs, batch)` failed", where, "mend the loss of the model file"):
             loss = task.loss(outputs, batch)
         del outputs
         if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.is_floating_point()):
@@ -131,12 +129,6 @@ def _check_finite(sums: dict[str, torch.Tensor], where: str) -> None:
         )
 
 
-def _batches(task: Task, limit: int | None) -> Iterator[Any]:
-    assert task.calibration is not None
-    with _blamed("`calibration()` failed", task.target, "mend the calibration data"):
-        yield from itertools.islice(task.calibration(), limit)
-
-
 def _samples(program: Program, task: Task, batch: Any, where: str) -> Iterator[Any]:
     """The batch cut along axis 0 into batches of one.
 
@@ -144,7 +136,7 @@ def _samples(program: Program, task: Task, batch: Any, where: str) -> Iterator[A
     cut, all else is shared by the samples.
     """
     assert task.inputs is not None
-    with _blamed("the batch does not fit the model", where, "yield batches like the example inputs"):
+    with blamed("the batch does not fit the model", where, "yield batches like the example inputs"):
         leaves = pytree.tree_leaves(task.inputs(batch))
     size = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), 1)
     if size == 1:
@@ -166,7 +158,7 @@ def _samples(program: Program, task: Task, batch: Any, where: str) -> Iterator[A
             cut = True
             return leaf[index : index + 1]
 
-        piece = _mapped(batch, sample)
+        piece = mapped(batch, sample)
         if not cut:
             raise DataError(
                 f"a batch of type {type(batch).__name__} cannot be cut into samples",
@@ -174,19 +166,6 @@ def _samples(program: Program, task: Task, batch: Any, where: str) -> Iterator[A
                 hint="yield tensors in a tuple, list or dictionary, or batches of one sample",
             )
         yield piece
-
-
-def _mapped(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply ``change`` to every tensor and array of a pytree, also in mappings that pytrees do not know."""
-
-    def leaf_changed(leaf: Any) -> Any:
-        if isinstance(leaf, MutableMapping):
-            out = copy.copy(leaf)
-            out.update({key: _mapped(value, change) for key, value in leaf.items()})
-            return out
-        return change(leaf) if isinstance(leaf, torch.Tensor | np.ndarray) else leaf
-
-    return pytree.tree_map(leaf_changed, batch)
 
 
 @contextmanager
@@ -230,22 +209,3 @@ def _segmented(program: Program, names: Collection[str], take: Fold) -> Iterator
         return outputs, lambda: backward([getattr(leaf, "grad", None) for leaf in leaves])
 
     yield forward
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _blamed(what: str, where: str, hint: str) -> Iterator[None]:
-    """Errors of the user's own code, with the place; the exception itself stays visible as the cause."""
-    try:
-        yield
-    except (IrpruneError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise DataError(f"{what}: {type(error).__name__}: {error}", where=where, hint=hint) from error

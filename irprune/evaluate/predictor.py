@@ -1,0 +1,184 @@
+"""Token indices to logits, in torch and in onnxruntime alike."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from irprune.errors import DataError, TargetError
+from irprune.ir.program import Program
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+_INTEGERS = (torch.int64, torch.int32)
+_LOGITS_AXES = 3
+
+
+@dataclass(frozen=True)
+class Port:
+    """One tensor that a model reads.
+
+    Attributes:
+        name: Its name.
+        dtype: Its type.
+        shape: Its sizes; ``None`` where an axis is dynamic.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A causal language model as a function of token indices.
+
+    Calling it gives the logits, ``(rows, tokens, vocabulary)`` as float32, for int64 indices
+    ``(rows, tokens)``. A model with a fixed number of rows or tokens gets what is missing as padding
+    to the right, which a causal model does not look at.
+
+    Attributes:
+        ports: What the model reads.
+        feed: Tensors by name to the outputs, in the order of the model.
+        most_tokens: Longest row that the model takes, where that is known.
+        device: Where the model runs.
+    """
+
+    ports: tuple[Port, ...]
+    feed: Callable[[Mapping[str, torch.Tensor]], Sequence[Any]]
+    most_tokens: int | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _ = self.tokens
+
+    @property
+    def tokens(self) -> Port:
+        """The port that takes the token indices.
+
+        Raises:
+            TargetError: There is none, or no telling which.
+        """
+        rows = [port for port in self.ports if len(port.shape) == 2 and port.dtype in _INTEGERS and not _accompanies(port)]
+        named = [port for port in rows if port.name == "input_ids"] or rows
+        if len(named) != 1:
+            names = ", ".join(port.name for port in self.ports)
+            raise TargetError(
+                f"the model does not read one row of token indices; it reads {names}", hint="evaluate a causal language model"
+            )
+        return named[0]
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        rows, length = ids.shape
+        whole_rows, whole_length = self.tokens.shape
+        if whole_rows is not None and rows > whole_rows:
+            return torch.cat([self(part) for part in ids.split(whole_rows)])
+        if whole_length is not None and length > whole_length:
+            raise DataError(f"the model reads {whole_length} tokens, not {length}", hint=f"ask for windows of {whole_length} tokens")
+        padded = ids.new_zeros(whole_rows or rows, whole_length or length)
+        padded[:rows, :length] = ids
+        outputs = self.feed({port.name: self._value(port, padded) for port in self.ports})
+        logits = next((out for out in outputs if isinstance(out, torch.Tensor) and out.ndim == _LOGITS_AXES), None)
+        if logits is None or logits.shape[:2] != padded.shape:
+            raise TargetError(
+                "the model gives no logits for each token", hint="evaluate a causal language model, with its logits as output"
+            )
+        return logits[:rows, :length].float()
+
+    def _value(self, port: Port, ids: torch.Tensor) -> torch.Tensor:
+        if port is self.tokens or port.name == self.tokens.name:
+            return ids.to(port.dtype)
+        if "mask" in port.name and len(port.shape) == 2:
+            return torch.ones_like(ids, dtype=port.dtype)
+        if "position" in port.name and len(port.shape) <= 2:
+            return torch.arange(ids.shape[1]).expand(port.shape[0] or len(ids), -1).to(port.dtype)
+        if "type" in port.name and len(port.shape) == 2:
+            return torch.zeros_like(ids, dtype=port.dtype)
+        raise TargetError(f"the model also reads '{port.name}', which a text does not give", hint="evaluate a causal language model")
+
+    # -- where models come from -------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, program: Program) -> Predictor:
+        """A program in torch."""
+        from irprune.backend.archive import to_exported
+
+        return cls.exported(to_exported(program))
+
+    @classmethod
+    def archive(cls, path: Path) -> Predictor:
+        """``model.pt2`` in torch. Raises DataError where it is not such a file, or holds pickled objects."""
+        from irprune.backend.archive import load_pt2
+
+        return cls.exported(load_pt2(path))
+
+    @classmethod
+    def exported(cls, program: ExportedProgram) -> Predictor:
+        """An exported program in torch, on a GPU where there is one."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device != "cpu":
+            from torch.export.passes import move_to_device_pass
+
+            program = move_to_device_pass(program, device)
+        values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
+        names = [str(name) for name in program.graph_signature.user_inputs]
+        ports = tuple(
+            Port(name, values[name].dtype, tuple(size if isinstance(size, int) else None for size in values[name].shape))
+            for name in names
+            if isinstance(values.get(name), torch.Tensor)
+        )
+        module, spec = program.module(), program.call_spec.in_spec
+        leaves = pytree.tree_leaves(program.example_inputs)
+
+        def feed(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
+            given = [tensors[name].to(device) if name in tensors else leaf for name, leaf in zip(names, leaves, strict=True)]
+            args, kwargs = pytree.tree_unflatten(given, spec)
+            with torch.inference_mode():
+                return [leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(module(*args, **kwargs))]
+
+        made = cls(ports, feed, device=device)
+        size = values[made.tokens.name].shape[1]
+        most = None
+        if isinstance(size, torch.SymInt):
+            limits = program.range_constraints.get(size.node.expr)
+            most = int(limits.upper) if limits is not None and limits.upper.is_Integer and limits.upper < 2**31 else None
+        return dataclasses.replace(made, most_tokens=most)
+
+    @classmethod
+    def onnx(cls, path: Path, *, threads: int = 0) -> Predictor:
+        """An ONNX file in onnxruntime, on a GPU where onnxruntime offers it.
+
+        Raises:
+            DataError: The file is not there.
+            ExportError: onnxruntime cannot load it.
+        """
+        from irprune.backend.runtime import open_session
+
+        if not path.is_file():
+            raise DataError("there is no such ONNX file", where=str(path), hint="run the target again with the pass export")
+        session, device = open_session(path, threads=threads)
+        ports = tuple(
+            Port(value.name, _DTYPES.get(value.type, torch.float32), tuple(size if isinstance(size, int) else None for size in value.shape))
+            for value in session.get_inputs()
+        )
+
+        def feed(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+            values = {name: tensor.numpy() for name, tensor in tensors.items()}
+            return [torch.from_numpy(out) for out in session.run(None, values)]
+
+        return cls(ports, feed, device=device)
+
+
+_DTYPES = {"tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(bool)": torch.bool}
+
+
+def _accompanies(port: Port) -> bool:
+    """Whether an integer input says something about the tokens instead of being them."""
+    return any(word in port.name for word in ("mask", "position", "type"))

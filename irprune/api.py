@@ -23,7 +23,9 @@ from irprune.analysis.cost import Cost
 from irprune.analysis.plan import PlanRow, plan_table
 from irprune.backend.archive import save_pt2
 from irprune.backend.checkpoint import Recipe, save_recipe
+from irprune.backend.generate import Decoder, Speed
 from irprune.backend.onnx import OnnxFile
+from irprune.backend.runtime import Provider
 from irprune.errors import DataError, OptionError, PipelineError
 from irprune.frontend import export
 from irprune.frontend.batches import Binding
@@ -40,7 +42,8 @@ from irprune.report.tables import notes
 from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
-ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
+ONNX_FILES = tuple(f"{stem}.onnx{data}" for stem in ("model", "model.int8", "original") for data in ("", ".data"))
+ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, *ONNX_FILES)
 
 Target = str | os.PathLike[str] | nn.Module | Program
 
@@ -189,11 +192,60 @@ def validate(
     _check_files(folder, old)
     replay = "apply{recipe=" + write(folder / RECIPE) + "}," if (folder / RECIPE).exists() else ""
     pipeline = parse(f"{replay}validate{{{options}}}")
-    said = old.onnx.model_extra or {}
-    file = OnnxFile(folder / said["file"], said["opset"], said["inputs"], said["outputs"], said["size_bytes"], tuple(said["external_data"]))
+    file = OnnxFile.read(folder, old.onnx.model_extra or {})
     program, facts = load(target, **load_options)
     with tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
         return _run(program, (*facts, file, Workspace(Path(scratch))), pipeline, None, instruments)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a decoder wrote.
+
+    Attributes:
+        tokens: The new tokens.
+        text: Prompt and new tokens as text; ``None`` without a tokenizer.
+        speed: How long it took.
+    """
+
+    tokens: tuple[int, ...]
+    text: str | None
+    speed: Speed
+
+
+def generate(
+    model: str | os.PathLike[str],
+    prompt: str | Sequence[int],
+    *,
+    tokens: int = 64,
+    tokenizer: str | os.PathLike[str] | None = None,
+    threads: int = 0,
+    provider: Provider = "auto",
+) -> Generated:
+    """Go on from a prompt with an ONNX file that has a key-value cache, by greedy decoding.
+
+    Args:
+        model: The file, written with ``export{cache=true}``.
+        prompt: Text, or tokens.
+        tokens: Most new tokens; the tokenizer's end token ends it sooner.
+        tokenizer: Directory or hub id of the tokenizer; the model's own directory by default.
+        threads: Threads of onnxruntime; 0: its own choice.
+        provider: Where it runs.
+
+    Raises:
+        DataError: The file has no cache, or there is no tokenizer for a text.
+    """
+    path = Path(model)
+    decoder = Decoder(path, threads=threads, provider=provider)
+    reads = None
+    if isinstance(prompt, str) or tokenizer is not None:
+        from irprune.frontend.hf_checkpoint import tokenizer_of
+
+        reads = tokenizer_of(os.fspath(tokenizer) if tokenizer is not None else os.fspath(path.parent))
+    ids = [int(token) for token in (reads(prompt)["input_ids"] if reads is not None and isinstance(prompt, str) else prompt)]
+    stop = () if reads is None or reads.eos_token_id is None else (int(reads.eos_token_id),)
+    found = tuple(decoder.greedy(ids, tokens, stop))
+    return Generated(found, reads.decode([*ids, *found], skip_special_tokens=True) if reads is not None else None, decoder.speed)
 
 
 def groups(target: Target, *, freeze: Sequence[str] = (), **options: Any) -> tuple[Program, Groups]:

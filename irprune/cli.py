@@ -156,6 +156,35 @@ def validate(
 
 
 @app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A decoder, written with export{cache=true}.")],
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to go on from.")] = None,
+    ids: Annotated[str | None, typer.Option(metavar="N,N,...", help="The same as tokens; new tokens are printed.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Most new tokens; the end token ends it sooner.")] = 64,
+    tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="The tokenizer; by default that beside the model.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of onnxruntime; 0: its own choice.")] = 0,
+    timing: Annotated[bool, typer.Option("--timing", help="Say how many tokens a second it wrote.")] = False,
+) -> None:
+    """Go on from a prompt by greedy decoding, in onnxruntime."""
+    from irprune import api
+
+    if (prompt is None) == (ids is None):
+        raise OptionError("a prompt is given as --prompt or as --ids", hint="give one of them")
+    try:
+        given: str | list[int] = [int(part) for part in ids.split(",")] if ids is not None else str(prompt)
+    except ValueError:
+        raise OptionError(f"'{ids}' is not a list of numbers", where="--ids") from None
+    done = api.generate(model, given, tokens=tokens, tokenizer=tokenizer, threads=threads)
+    _say([",".join(map(str, done.tokens)) if done.text is None else done.text])
+    if timing:
+        speed = done.speed
+        print(
+            f"prompt of {speed.prompt} tokens in {speed.prefill_s:.3f} s, then {speed.tokens_per_second:.1f} tokens a second",
+            file=sys.stderr,
+        )
+
+
+@app.command()
 def inspect(
     target: Target,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,

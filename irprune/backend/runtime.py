@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from irprune.backend.onnx import Call, Signature
+from irprune.backend.timing import Latency, sampled
 from irprune.errors import DataError, ExportError, ParityError
 from irprune.ir.program import Interface, Program
 from irprune.pipeline.progress import track
@@ -27,6 +26,38 @@ RELATIVE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1
 
 # An output below this magnitude is judged as if it had it: what cancels out is rounding noise.
 _SMALLEST_SCALE = 1e-2
+
+
+def opened(path: Path, *, threads: int = 0, provider: Provider = "auto", profile: str | None = None) -> tuple[Any, str]:
+    """An ONNX file in onnxruntime, and the device that it runs on.
+
+    Args:
+        path: The model file; external data is found beside it.
+        threads: Threads within one operation; 0 leaves the choice to onnxruntime.
+        provider: Where it runs; ``auto`` takes CUDA where onnxruntime offers it.
+        profile: Prefix of the file that onnxruntime's profiler writes.
+
+    Raises:
+        ExportError: onnxruntime cannot load the file, or does not have the provider.
+    """
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    if provider == "cuda" and "CUDAExecutionProvider" not in available:
+        raise ExportError("onnxruntime has no CUDA provider here", hint="install onnxruntime-gpu, or give provider=cpu")
+    device = "cuda" if provider != "cpu" and "CUDAExecutionProvider" in available else "cpu"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    # A pool that spins after its run takes the cores from whatever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers), device
+    except Exception as error:  # the binding's own exceptions share no narrower base
+        raise _unloadable(path, error) from error
 
 
 class Session:
@@ -44,27 +75,12 @@ class Session:
     """
 
     def __init__(self, path: Path, program: Program, *, threads: int = 0, provider: Provider = "auto") -> None:
-        import onnxruntime
-
         self.path = path
         self.signature = Signature.of(program)
         parameters = self.signature.parameters
         self._binder = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters])
         self._positional = len(self.signature.income.child(0).children())
-        available = onnxruntime.get_available_providers()
-        if provider == "cuda" and "CUDAExecutionProvider" not in available:
-            raise ExportError("onnxruntime has no CUDA provider here", hint="install onnxruntime-gpu, or give provider=cpu")
-        self.device = "cuda" if provider != "cpu" and "CUDAExecutionProvider" in available else "cpu"
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4
-        # A pool that spins after its run takes the cores from whatever is timed next.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:  # the binding's own exceptions share no narrower base
-            raise _unloadable(path, error) from error
+        self._session, self.device = opened(path, threads=threads, provider=provider)
         self._elements = {value.name: value.type for value in self._session.get_inputs()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -268,7 +284,7 @@ def parity(
         ParityError: Shapes, dtypes or values differ, or onnxruntime cannot run a size that torch can.
         DataError: The program itself cannot run on such inputs.
     """
-    relative = relative_tolerance or RELATIVE_TOLERANCE[_precision(program)]
+    relative = relative_tolerance or RELATIVE_TOLERANCE[precision(program)]
     closest = (-1.0, 0.0, 0.0)
     cases = _cases(program, batch, seed)
     for sizes, expected in track(cases, "parity"):
@@ -354,7 +370,7 @@ def _compare(want: torch.Tensor, got: torch.Tensor, relative: float, where: str)
 _HINT_FINITE = "give example inputs with typical values: random ones are drawn alike"
 
 
-def _precision(program: Program) -> torch.dtype:
+def precision(program: Program) -> torch.dtype:
     """The coarsest floating dtype of weights, inputs and results."""
     tensors = [*program.tensors.values(), *pytree.tree_leaves(program.interface.example)]
     values = (node.meta.get("val") for node in program.nodes)
@@ -369,72 +385,9 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 # -- latency ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Latency:
-    """How long one call takes.
-
-    Attributes:
-        median_ms: Median over the rounds, in milliseconds.
-        iqr_ms: Interquartile range: the spread that outliers do not move.
-        rounds: How many rounds were timed.
-    """
-
-    median_ms: float
-    iqr_ms: float
-    rounds: int
-
-
-_WARM_UP = 3
-_FEWEST_ROUNDS = 5
-
-
-def latency(
-    *calls: Callable[[], Any],
-    rounds: int = 100,
-    seconds: float = 10.0,
-    sample_ms: float = 5.0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[Latency, ...]:
-    """Time functions side by side: every round times each of them, in alternating order.
-
-    What disturbs the machine for a while disturbs all of them alike. A sample repeats a fast function
-    until it fills ``sample_ms``, which hides the clock's grain and the cost of changing over.
-
-    Args:
-        calls: The functions; what they return is dropped.
-        rounds: Most rounds.
-        seconds: No round starts after this time, but there are at least five.
-        sample_ms: Least duration of a sample, in milliseconds.
-        clock: Seconds, for tests.
-
-    Returns:
-        One :class:`Latency` per function.
-    """
-    start = clock()
-    repeats = []
-    for call in calls:
-        for _ in range(_WARM_UP):
-            began = clock()
-            call()
-            took = clock() - began
-        repeats.append(max(1, round(sample_ms / 1000 / took)) if took > 0 else 1000)
-    samples: list[list[float]] = [[] for _ in calls]
-    order = list(range(len(calls)))
-    for number in track(range(rounds), "latency"):
-        if number >= _FEWEST_ROUNDS and clock() - start > seconds:
-            break
-        for which in order if number % 2 == 0 else reversed(order):
-            call, repeat = calls[which], repeats[which]
-            began = clock()
-            for _ in range(repeat):
-                call()
-            samples[which].append((clock() - began) / repeat * 1000)
-    return tuple(_summary(each) for each in samples)
-
-
-def _summary(samples: list[float]) -> Latency:
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return Latency(median, high - low, len(samples))
+def latency(*calls: Callable[[], Any], **options: Any) -> tuple[Latency, ...]:
+    """One :class:`Latency` per function, timed side by side; options as :func:`irprune.backend.timing.sampled` takes them."""
+    return tuple(Latency.of(samples) for samples in sampled(*calls, **options))
 
 
 def runner(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], None]:

@@ -16,7 +16,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from irprune.errors import TargetError
+from irprune.errors import DataError, TargetError
 from irprune.frontend import blame
 from irprune.frontend.objectives import Kind
 
@@ -192,6 +192,26 @@ class Checkpoint:
             return {}
         settings = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
         return settings if isinstance(settings, dict) else {}
+
+
+def tokenizer_of(location: str) -> Any:
+    """The tokenizer of a directory or hub id; local files are preferred.
+
+    Raises:
+        DataError: There is none.
+    """
+    folder = Path(location).is_dir()
+    if folder and not any((Path(location) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise DataError(
+            "there is no tokenizer", where=location, hint="name the checkpoint's directory with --tokenizer, or give tokens with --ids"
+        )
+    with quiet():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(location, local_files_only=folder)
+        except Exception as error:
+            raise DataError(
+                f"the tokenizer cannot be read: {blame.first_line(error)}", where=location, hint="give tokens with --ids"
+            ) from error
 
 
 def _names(table: str) -> dict[str, tuple[str, ...]]:

@@ -94,7 +94,7 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
     with quiet():
         program = _traced(reader, options.batch, seed, rows, options.outputs)
     program = _noted(program, [*notes, *_unused(model, program)])
-    task = Task(target=target, inputs=Binding([], program.interface), seed=seed)
+    task = Task(target=target, inputs=Binding([], program.interface), seed=seed, tokenizer=tokenizer)
     if options.meta or (file is None and rows is None and reader.reads_text):
         return program, (task,)
     if file is not None:

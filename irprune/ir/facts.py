@@ -153,6 +153,7 @@ class Task(Fact):
         evaluate: Takes ``predict(*args, **kwargs) -> outputs as the model returns them`` and gives
             metrics by name (larger is better unless the name says ``loss`` or ``perplexity``).
         seed: Seed of everything random.
+        tokenizer: What turns text into the model's tokens; an exported decoder gets a copy beside it.
     """
 
     target: str
@@ -161,6 +162,7 @@ class Task(Fact):
     loss: Callable[[Any, Any], Any] | None = None
     evaluate: Callable[[Callable[..., Any]], dict[str, float]] | None = None
     seed: int = 0
+    tokenizer: Any = field(default=None, repr=False, compare=False)
     lasting: ClassVar[bool] = True
 
 

@@ -297,7 +297,7 @@ def flattened(program: Program, signature: Signature) -> Program:
     example: Call = (tuple(values[position] for position in kept), {})
     out_spec = pytree.tree_structure(signature.outputs)
     # Names of an ONNX file need be no names of Python.
-    parameters = [f"input_{position}" for position in range(len(kept))]
+    parameters = [node.name for node in graph.find_nodes(op="placeholder")]
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(parameters, pytree.tree_structure(example), out_spec)))
     interface = dataclasses.replace(
         program.interface,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -17,6 +23,9 @@ from irprune.backend.timing import Latency, sampled
 from irprune.errors import DataError, ExportError, ParityError
 from irprune.ir.program import Interface, Program
 from irprune.pipeline.progress import track
+
+if TYPE_CHECKING:
+    from irprune.backend.cache import Cached
 
 Provider = Literal["auto", "cpu", "cuda"]
 
@@ -76,12 +85,17 @@ class Session:
 
     def __init__(self, path: Path, program: Program, *, threads: int = 0, provider: Provider = "auto") -> None:
         self.path = path
+        self._cache: Cached | None = None
+        self._called_as(program)
+        self._session, self.device = opened(path, threads=threads, provider=provider)
+        self._results = [value.name for value in self._session.get_outputs()]
+        self._elements = {value.name: value.type for value in self._session.get_inputs()}
+
+    def _called_as(self, program: Program) -> None:
         self.signature = Signature.of(program)
         parameters = self.signature.parameters
         self._binder = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters])
         self._positional = len(self.signature.income.child(0).children())
-        self._session, self.device = opened(path, threads=threads, provider=provider)
-        self._elements = {value.name: value.type for value in self._session.get_inputs()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs in the model's own structure, tensors on the device of the first input.
@@ -90,16 +104,42 @@ class Session:
             DataError: The arguments do not fit the model: structure, dtype or a fixed size.
         """
         feeds = self._feeds(args, kwargs)
+        feeds.update(self._empty(feeds))
         home = next(iter(feeds.values())).device if feeds else torch.device("cpu")
         binding, run = self._bind(feeds)
         run()
         values = binding.get_outputs_as_ortvaluevector()
-        tensors = (_tensor(value).to(home) for value in values)
+        tensors = (_tensor(value).to(home) for value in itertools.islice(values, len(self.signature.outputs)))
         leaves = [
             result.value if result.name is None else next(tensors).item() if result.scalar else next(tensors)
             for result in self.signature.results
         ]
         return pytree.tree_unflatten(leaves, self.signature.outcome)
+
+    def whole(self, program: Program, cache: Cached) -> Session:
+        """A file with a cache as a session that is called as the program without one is: every token is new."""
+        out = copy.copy(self)
+        out._called_as(program)
+        out._cache = cache
+        return out
+
+    def _empty(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A cache without positions."""
+        if self._cache is None:
+            return {}
+        interface = self._cache.program.interface
+        leaves = dict(zip(interface.inputs, zip(pytree.tree_leaves(interface.example), interface.dynamic, strict=True), strict=True))
+        sizes = {label: tensor.shape[axis] for name, tensor in feeds.items() for axis, label in leaves[name][1].items()}
+        out = {}
+        for state in self._cache.states:
+            value, labels = leaves[state.past]
+            shape = [0 if axis == state.axis else sizes.get(labels.get(axis, ""), size) for axis, size in enumerate(value.shape)]
+            out[state.past] = value.new_zeros(shape)
+        return out
+
+    def feeds(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """The file's inputs by name for a call."""
+        return self._feeds(args, kwargs)
 
     def runner(self, *args: Any, **kwargs: Any) -> Callable[[], None]:
         """A function without arguments that only runs the model on these ones, for timing."""
@@ -110,7 +150,7 @@ class Session:
         held = {name: tensor.detach().to(self.device).contiguous() for name, tensor in feeds.items()}
         for name, tensor in held.items():
             binding.bind_input(name, self.device, 0, _element(tensor), tuple(tensor.shape), tensor.data_ptr())
-        for name in self.signature.outputs:
+        for name in self._results:
             binding.bind_output(name, self.device)
 
         def run() -> None:
@@ -301,6 +341,18 @@ def parity(
     return Parity(closest[1], closest[2], tuple(sizes for sizes, _ in cases))
 
 
+def error_of(program: Program, session: Session, *, seed: int = 0) -> float:
+    """The largest error of a file on fresh inputs, over the largest magnitude of its output; nothing is required of it."""
+    args, kwargs = fresh_inputs(program.interface, seed=seed)
+    with torch.no_grad():
+        leaves = (pytree.tree_leaves(outputs) for outputs in (program(*args, **kwargs), session(*args, **kwargs)))
+    worst = 0.0
+    for want, got in zip(*leaves, strict=True):
+        if isinstance(want, torch.Tensor) and want.is_floating_point() and want.numel():
+            worst = max(worst, float((want.double() - got.double()).abs().max() / want.double().abs().max().clamp_min(_SMALLEST_SCALE)))
+    return worst
+
+
 _HINT = "do not use this file; export again, with optimize=false or another opset if it was written by this very program"
 
 
@@ -388,6 +440,34 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 def latency(*calls: Callable[[], Any], **options: Any) -> tuple[Latency, ...]:
     """One :class:`Latency` per function, timed side by side; options as :func:`irprune.backend.timing.sampled` takes them."""
     return tuple(Latency.of(samples) for samples in sampled(*calls, **options))
+
+
+_MEMORY = """
+import resource, sys
+import numpy, onnxruntime
+path, inputs, threads, provider = sys.argv[1:]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(threads)
+options.log_severity_level = 4
+onnxruntime.InferenceSession(path, options, providers=[provider]).run(None, dict(numpy.load(inputs)))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def peak_memory(session: Session, args: Sequence[Any], kwargs: Mapping[str, Any], *, threads: int = 0) -> int | None:
+    """Bytes that loading a file and one call add to the peak of a process of its own; ``None`` where that cannot be told."""
+    feeds = session.feeds(*args, **kwargs)
+    if session.device != "cpu" or any(tensor.dtype == torch.bfloat16 for tensor in feeds.values()):
+        return None
+    with tempfile.TemporaryDirectory(prefix="irprune-") as folder:
+        inputs = Path(folder) / "inputs.npz"
+        arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in feeds.items()}
+        np.savez(inputs, **arrays)
+        command = [sys.executable, "-c", _MEMORY, str(session.path), str(inputs), str(threads), "CPUExecutionProvider"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    # Kibibytes, but on macOS bytes.
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024) if done.returncode == 0 else None
 
 
 def runner(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], None]:

@@ -135,6 +135,7 @@ def run(
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
+    require_speedup: float | None = None,
     instruments: Sequence[Instrument] = (),
     seed: int = 0,
     **options: Any,
@@ -148,6 +149,7 @@ def run(
         out: The run directory; the first free ``runs/<target>-<n>`` if none is given.
         force: Replace what an earlier run left in ``out``.
         dry_run: Stop at the first pass that would change the program, and give its plan instead.
+        require_speedup: The same option of the pass ``validate``.
         instruments: Watchers of the passes.
         seed: Seed of everything random.
         options: As :func:`load` takes them.
@@ -156,6 +158,8 @@ def run(
         IrpruneError: Anything that the user can do something about. Nothing stays on disk then.
     """
     pipeline = _pipeline(passes, config)
+    if require_speedup is not None:
+        pipeline = _gated(pipeline, require_speedup)
     if dry_run:
         pipeline = _planning(pipeline)
     manager.completed(pipeline, (Task, Original, Workspace))
@@ -295,6 +299,14 @@ def _pipeline(passes: str | Sequence[Pass] | None, config: str | os.PathLike[str
     if config is not None:
         return parse_toml(Path(config))
     return parse(passes) if isinstance(passes, str) else list(passes or ())
+
+
+def _gated(pipeline: Sequence[Pass], speedup: float) -> list[Pass]:
+    """The pipeline whose pass ``validate`` requires a speed-up."""
+    if not any(one.name == "validate" for one in pipeline):
+        raise PipelineError("a speed-up can be required only where it is measured", hint="put `export,validate` at the end of the pipeline")
+    gate = {"require_speedup": speedup}
+    return [type(one).model_validate({**one.model_dump(), **gate}) if one.name == "validate" else one for one in pipeline]
 
 
 def _planning(pipeline: Sequence[Pass]) -> list[Pass]:

@@ -32,7 +32,7 @@ EXIT_CODES = "\n\n".join(
         "1 a fault of irprune; it comes with a traceback",
         "2 bad input: a target, pipeline, option, recipe or data that cannot be used",
         "3 cannot be done: not traceable, nothing prunable, budget out of reach, not exportable",
-        "4 a check failed: proof or parity",
+        "4 a check failed: proof, parity or a required speed-up",
         "5 the output cannot be written",
         "130 interrupted",
     )
@@ -72,6 +72,9 @@ Setting = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory; by default the first free runs/<target>-<n>.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run left in DIR.")]
+Require = Annotated[
+    float | None, typer.Option(metavar="X", help="Fail unless onnxruntime is surely X times faster; see the pass validate.")
+]
 Timing = Annotated[bool, typer.Option("--timing", help="Say how long each pass took.")]
 
 
@@ -94,6 +97,7 @@ def run(
     print_ir_after: Annotated[
         list[str] | None, typer.Option(metavar="PASS", help="Print the program after a pass; may be repeated.")
     ] = None,
+    require_speedup: Require = None,
     timing: Timing = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and change and write nothing.")] = False,
     force: Force = False,
@@ -110,6 +114,7 @@ def run(
             out=out,
             force=force,
             dry_run=dry_run,
+            require_speedup=require_speedup,
             instruments=instruments,
             **_loading(seed, calibration, setting),
         )
@@ -142,6 +147,7 @@ def validate(
     path: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an earlier run.")],
     target: Target,
     options: Annotated[str, typer.Option(metavar="TEXT", help="Options of the pass validate, as 'seconds=2 baseline=false'.")] = "",
+    require_speedup: Require = None,
     seed: Seed = 0,
     setting: Setting = None,
     timing: Timing = False,
@@ -151,6 +157,7 @@ def validate(
     from irprune import api
 
     with _watching(quiet) as instruments:
+        options = options if require_speedup is None else f"{options} require_speedup={require_speedup}"
         done = api.validate(path, target, options=options, instruments=instruments, **_loading(seed, None, setting))
     _show(done, timing=timing, quiet=quiet)
 

@@ -32,8 +32,12 @@ def to_float16(model: onnx_ir.Model) -> onnx_ir.Model:
         try:
             from onnxruntime.transformers.float16 import convert_float_to_float16
 
-            # Shape inference on the model's own shapes: they came from the exporter.
-            return onnx_ir.from_proto(convert_float_to_float16(onnx_ir.to_proto(model), keep_io_types=True, disable_shape_infer=True))
+            # Shapes are there already: they came from the exporter.
+            converted = convert_float_to_float16(onnx_ir.to_proto(model), keep_io_types=True, disable_shape_infer=True)
+            smaller = onnx_ir.from_proto(converted)
+            # The converter puts its casts at the end.
+            smaller.graph.sort()
+            return smaller
         except (ValueError, MemoryError) as error:
             raise ExportError(f"the model cannot be converted to float16: {error}", hint="leave out precision=float16") from error
 

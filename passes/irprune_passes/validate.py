@@ -53,7 +53,7 @@ class Point:
         latency: File to latency: ``before``, ``after``, ``int8``.
         speedup: File to speed-up over ``before``, where that was timed.
         ideal: The speed-up if time were arithmetic (multiply-accumulates; for ``decode`` bytes of weights).
-        memory_bytes: File to peak memory of a process of its own, above that of one that loads no model.
+        memory_bytes: File to the memory that loading it and one call add to a process of its own.
     """
 
     kind: Literal["call", "prefill", "decode"]
@@ -225,7 +225,7 @@ class Validate(Pass):
     clock: Literal["wall", "processor"] = Field(
         "wall", description="Elapsed time, or processor time, which other work on the machine disturbs less; that needs threads=1."
     )
-    memory: bool = Field(True, description="Measure the peak memory of a process that runs the file.")
+    memory: bool = Field(True, description="Measure the memory that loading the file and one call add to a process.")
     require_speedup: float | None = Field(
         None,
         gt=0,
@@ -332,9 +332,9 @@ class Validate(Pass):
         for point in points if wanted is not None else ():
             found = point.speedup["after"]
             if wanted is not None and found.low < wanted:
-                ideal = f"; multiply-accumulates promise {point.ideal:.3g} times" if point.ideal is not None else ""
+                ideal = f"; the ideal is {point.ideal:.3g} times" if point.ideal is not None else ""
                 raise SpeedError(
-                    f"a speed-up of {wanted:g} is required, and the file is {found.verdict}: {found}{ideal}",
+                    f"a speed-up of {wanted:g} is required, and the file is {found.verdict}{ideal}",
                     where=f"onnxruntime, {point.place}",
                     hint="prune more, keep sizes on the provider's multiples with prune{round_to=auto}, or measure longer with `seconds`",
                 )

@@ -25,7 +25,9 @@ from irprune.analysis.cost import Cost
 from irprune.analysis.plan import PlanRow, plan_table
 from irprune.backend.archive import save_pt2
 from irprune.backend.checkpoint import Recipe, save_recipe
+from irprune.backend.generate import Decoder, Speed
 from irprune.backend.onnx import OnnxFile
+from irprune.backend.runtime import Provider
 from irprune.errors import DataError, OptionError, PipelineError, ResumeError
 from irprune.evaluate import Predictor, evaluation
 from irprune.evaluate.evaluation import Evaluation
@@ -47,7 +49,7 @@ from irprune.report.tables import notes
 from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
-ONNX = ("model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
+ONNX = tuple(f"{stem}.onnx{data}" for stem in ("model", "model.int8", "original") for data in ("", ".data"))
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
 ARTEFACTS = (manifest.NAME, evaluation.NAME, RECIPE, ARCHIVE, "vocabulary.json", *ONNX, *ADAPTERS, "hf")
 
@@ -160,6 +162,7 @@ def run(
     force: bool = False,
     dry_run: bool = False,
     resume: bool = False,
+    require_speedup: float | None = None,
     instruments: Sequence[Instrument] = (),
     seed: int = 0,
     **options: Any,
@@ -176,6 +179,7 @@ def run(
         resume: Go on with what a killed run left in ``out`` (without one, in the newest unfinished
             ``runs/<target>-<n>``), from its last finished pass; start where nothing was left. What is done
             stays on disk if this process is stopped too, by an error or otherwise.
+        require_speedup: The same option of the pass ``validate``.
         instruments: Watchers of the passes.
         seed: Seed of everything random.
         options: As :func:`load` takes them.
@@ -189,6 +193,8 @@ def run(
         ResumeError: What was left is of another run, or damaged; or the run has finished.
     """
     pipeline = _pipeline(passes, config)
+    if require_speedup is not None:
+        pipeline = _gated(pipeline, require_speedup)
     if dry_run:
         pipeline = _planning(pipeline)
     manager.completed(pipeline, (Task, Original, Workspace))
@@ -246,8 +252,7 @@ def validate(
     _check_files(folder, old)
     replay = "apply{recipe=" + write(folder / RECIPE) + "}," if (folder / RECIPE).exists() else ""
     pipeline = parse(f"{replay}validate{{{options}}}")
-    said = old.onnx.model_extra or {}
-    file = OnnxFile(folder / said["file"], said["opset"], said["inputs"], said["outputs"], said["size_bytes"], tuple(said["external_data"]))
+    file = OnnxFile.read(folder, old.onnx.model_extra or {})
     program, facts = load(target, **load_options)
     with tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
         return _run(program, (*facts, file, Workspace(Path(scratch))), pipeline, None, instruments)
@@ -315,6 +320,56 @@ def evaluate(
     return done
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What a decoder wrote.
+
+    Attributes:
+        tokens: The new tokens.
+        text: Prompt and new tokens as text; ``None`` without a tokenizer.
+        speed: How long it took.
+    """
+
+    tokens: tuple[int, ...]
+    text: str | None
+    speed: Speed
+
+
+def generate(
+    model: str | os.PathLike[str],
+    prompt: str | Sequence[int],
+    *,
+    tokens: int = 64,
+    tokenizer: str | os.PathLike[str] | None = None,
+    threads: int = 0,
+    provider: Provider = "auto",
+) -> Generated:
+    """Go on from a prompt with an ONNX file that has a key-value cache, by greedy decoding.
+
+    Args:
+        model: The file, written with ``export{cache=true}``.
+        prompt: Text, or tokens.
+        tokens: Most new tokens; the tokenizer's end token ends it sooner.
+        tokenizer: Directory or hub id of the tokenizer; the model's own directory by default.
+        threads: Threads of onnxruntime; 0: its own choice.
+        provider: Where it runs.
+
+    Raises:
+        DataError: The file has no cache, or there is no tokenizer for a text.
+    """
+    path = Path(model)
+    decoder = Decoder(path, threads=threads, provider=provider)
+    reads = None
+    if isinstance(prompt, str) or tokenizer is not None:
+        from irprune.frontend.hf_checkpoint import tokenizer_of
+
+        reads = tokenizer_of(os.fspath(tokenizer) if tokenizer is not None else os.fspath(path.parent))
+    ids = [int(token) for token in (reads(prompt)["input_ids"] if reads is not None and isinstance(prompt, str) else prompt)]
+    stop = () if reads is None or reads.eos_token_id is None else (int(reads.eos_token_id),)
+    found = tuple(decoder.greedy(ids, tokens, stop))
+    return Generated(found, reads.decode([*ids, *found], skip_special_tokens=True) if reads is not None else None, decoder.speed)
+
+
 def groups(target: Target, *, freeze: Sequence[str] = (), **options: Any) -> tuple[Program, Groups]:
     """A target's typed program and its groups, as the pass ``discover`` finds them."""
     program, facts = load(target, **options)
@@ -379,6 +434,14 @@ def _pipeline(passes: str | Sequence[Pass] | None, config: str | os.PathLike[str
     if config is not None:
         return parse_toml(Path(config))
     return parse(passes) if isinstance(passes, str) else list(passes or ())
+
+
+def _gated(pipeline: Sequence[Pass], speedup: float) -> list[Pass]:
+    """The pipeline whose pass ``validate`` requires a speed-up."""
+    if not any(one.name == "validate" for one in pipeline):
+        raise PipelineError("a speed-up can be required only where it is measured", hint="put `export,validate` at the end of the pipeline")
+    gate = {"require_speedup": speedup}
+    return [type(one).model_validate({**one.model_dump(), **gate}) if one.name == "validate" else one for one in pipeline]
 
 
 def _planning(pipeline: Sequence[Pass]) -> list[Pass]:

@@ -33,7 +33,7 @@ EXIT_CODES = "\n\n".join(
         "1 a fault of irprune; it comes with a traceback",
         "2 bad input: a target, pipeline, option, recipe or data that cannot be used",
         "3 cannot be done: not traceable, nothing prunable, budget out of reach, not exportable",
-        "4 a check failed: proof or parity",
+        "4 a check failed: proof, parity or a required speed-up",
         "5 the output cannot be written",
         "130 interrupted",
     )
@@ -77,6 +77,9 @@ Resume = Annotated[
     bool,
     typer.Option("--resume", help="Go on from the last finished pass of a run that was stopped; what is done is kept for the next one."),
 ]
+Require = Annotated[
+    float | None, typer.Option(metavar="X", help="Fail unless onnxruntime is surely X times faster; see the pass validate.")
+]
 Timing = Annotated[bool, typer.Option("--timing", help="Say how long each pass took.")]
 
 
@@ -99,6 +102,7 @@ def run(
     print_ir_after: Annotated[
         list[str] | None, typer.Option(metavar="PASS", help="Print the program after a pass; may be repeated.")
     ] = None,
+    require_speedup: Require = None,
     timing: Timing = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and change and write nothing.")] = False,
     force: Force = False,
@@ -120,6 +124,7 @@ def run(
             force=force,
             dry_run=dry_run,
             resume=resume,
+            require_speedup=require_speedup,
             instruments=instruments,
             **_loading(seed, calibration, setting),
         )
@@ -152,6 +157,7 @@ def validate(
     path: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an earlier run.")],
     target: Target,
     options: Annotated[str, typer.Option(metavar="TEXT", help="Options of the pass validate, as 'seconds=2 baseline=false'.")] = "",
+    require_speedup: Require = None,
     seed: Seed = 0,
     setting: Setting = None,
     timing: Timing = False,
@@ -161,6 +167,7 @@ def validate(
     from irprune import api
 
     with _watching(quiet) as instruments:
+        options = options if require_speedup is None else f"{options} require_speedup={require_speedup}"
         done = api.validate(path, target, options=options, instruments=instruments, **_loading(seed, None, setting))
     _show(done, timing=timing, quiet=quiet)
 
@@ -211,6 +218,35 @@ def evaluate(
     elif not quiet:
         _console().print(tables.evaluation_table(done))
         _say([f"in {'onnxruntime' if done.backend == 'onnx' else done.backend} on {done.device}"])
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A decoder, written with export{cache=true}.")],
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to go on from.")] = None,
+    ids: Annotated[str | None, typer.Option(metavar="N,N,...", help="The same as tokens; new tokens are printed.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Most new tokens; the end token ends it sooner.")] = 64,
+    tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="The tokenizer; by default that beside the model.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of onnxruntime; 0: its own choice.")] = 0,
+    timing: Annotated[bool, typer.Option("--timing", help="Say how many tokens a second it wrote.")] = False,
+) -> None:
+    """Go on from a prompt by greedy decoding, in onnxruntime."""
+    from irprune import api
+
+    if (prompt is None) == (ids is None):
+        raise OptionError("a prompt is given as --prompt or as --ids", hint="give one of them")
+    try:
+        given: str | list[int] = [int(part) for part in ids.split(",")] if ids is not None else str(prompt)
+    except ValueError:
+        raise OptionError(f"'{ids}' is not a list of numbers", where="--ids") from None
+    done = api.generate(model, given, tokens=tokens, tokenizer=tokenizer, threads=threads)
+    _say([",".join(map(str, done.tokens)) if done.text is None else done.text])
+    if timing:
+        speed = done.speed
+        print(
+            f"prompt of {speed.prompt} tokens in {speed.prefill_s:.3f} s, then {speed.tokens_per_second:.1f} tokens a second",
+            file=sys.stderr,
+        )
 
 
 @app.command()

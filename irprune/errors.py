@@ -112,6 +112,13 @@ class ParityError(IrpruneError):
     exit_code = 4
 
 
+class SpeedError(IrpruneError):
+    """The file is not as fast as was required."""
+
+    code = "speed"
+    exit_code = 4
+
+
 class OutputError(IrpruneError):
     """A file cannot be written."""
 

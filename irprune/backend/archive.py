@@ -60,7 +60,7 @@ def to_exported(program: Program) -> ExportedProgram:
     graph.output_node().args = (tuple(results),)
     outputs = [_argument(result, result.meta["val"]) if isinstance(result, fx.Node) else ConstantArgument("", result) for result in results]
     call = ModuleCallSignature(list(users), list(outputs), in_spec, out_spec, list(codegen.pytree_info.orig_args))
-    return ExportedProgram(
+    exported = ExportedProgram(
         root={},
         graph=graph,
         graph_signature=ExportGraphSignature(inputs, [OutputSpec(OutputKind.USER_OUTPUT, arg, None) for arg in outputs]),
@@ -70,6 +70,9 @@ def to_exported(program: Program) -> ExportedProgram:
         example_inputs=pytree.tree_unflatten(leaves, in_spec),
         verifiers=[TrainingIRVerifier],
     )
+    # They speak of the traced call's arguments by names that a rewritten graph need not have.
+    exported._guards_code = []
+    return exported
 
 
 def _argument(node: fx.Node, value: Any) -> TensorArgument | SymIntArgument | ConstantArgument:

@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 
 from irprune.backend.hf_resize import Resizing, resized
 from irprune.backend.hf_stream import parameters_on_meta
-from irprune.errors import IrpruneError, TargetError
+from irprune.errors import DataError, IrpruneError, TargetError
 from irprune.frontend import blame
 from irprune.frontend.objectives import Kind
 
@@ -266,6 +266,26 @@ def tokenizer_at(location: str, code: bool = False, **where: Any) -> tuple[Any |
         return None, blame.first_line(error)
     # Some classes are built without files, and then know no word.
     return (found, None) if found.vocab_size else (None, "the checkpoint has no tokenizer files")
+
+
+def tokenizer_of(location: str) -> Any:
+    """The tokenizer of a directory or hub id; local files are preferred.
+
+    Raises:
+        DataError: There is none.
+    """
+    folder = Path(location).is_dir()
+    if folder and not any((Path(location) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise DataError(
+            "there is no tokenizer", where=location, hint="name the checkpoint's directory with --tokenizer, or give tokens with --ids"
+        )
+    with quiet():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(location, local_files_only=folder)
+        except Exception as error:
+            raise DataError(
+                f"the tokenizer cannot be read: {blame.first_line(error)}", where=location, hint="give tokens with --ids"
+            ) from error
 
 
 def _names(table: str) -> dict[str, tuple[str, ...]]:

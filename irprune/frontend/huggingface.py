@@ -111,7 +111,7 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
         else:
             program = _traced(reader, options.batch, seed, rows, options.outputs)
     program = _noted(program, [*notes, *_unused(model, program)])
-    task = Task(target=target, inputs=Binding([], program.interface), seed=seed)
+    task = Task(target=target, inputs=Binding([], program.interface), seed=seed, tokenizer=tokenizer)
     source = pretrained(model, checkpoint, retrace=lambda other: retrace(dataclasses.replace(reader, model=other)))
     files = _Files(reader, program, tokenizer, options, seed)
     if options.meta or (instructions is None and file is None and rows is None and reader.reads_text):

@@ -177,6 +177,7 @@ class Task(Fact):
             loss. ``None``, also as a result, where all do.
         read: Fresh batches from another file, as the loader reads calibration data.
         seed: Seed of everything random.
+        tokenizer: What turns text into the model's tokens; an exported decoder gets a copy beside it.
     """
 
     target: str
@@ -187,6 +188,7 @@ class Task(Fact):
     positions: Callable[[Any], Any] | None = None
     read: Callable[[Path], Callable[[], Iterable[Any]]] | None = None
     seed: int = 0
+    tokenizer: Any = field(default=None, repr=False, compare=False)
     lasting: ClassVar[bool] = True
 
 

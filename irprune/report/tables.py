@@ -15,6 +15,7 @@ from rich.table import Table
 from irprune.analysis.cost import Cost
 from irprune.analysis.groups import discover, kept_by
 from irprune.analysis.plan import PlanRow
+from irprune.backend.timing import Speedup
 from irprune.evaluate.evaluation import Evaluation
 from irprune.evaluate.tasks import averages
 from irprune.ir.facts import Group, Groups, Member
@@ -91,6 +92,22 @@ def run_lines(of: Manifest) -> Iterator[str]:
         yield "not proven: the proof was switched off"
     if of.onnx is not None and of.onnx.parity_max_abs_err is not None:
         yield f"onnxruntime agrees with torch within {of.onnx.parity_max_abs_err:.2g}"
+    yield from _speed_lines(of)
+
+
+def _speed_lines(of: Manifest) -> Iterator[str]:
+    """How sure the speed-up is, at every size that was timed."""
+    points = ((of.onnx.model_extra or {}) if of.onnx is not None else {}).get("points", ())
+    for point in points:
+        at = ", ".join(f"{label} {size}" for label, size in point["sizes"].items())
+        for name, file in point["files"].items():
+            if "speedup" not in file:
+                continue
+            found = Speedup(**file["speedup"])
+            what = "onnxruntime" if name == "after" else f"onnxruntime, {name}"
+            kind = "" if point["kind"] == "call" else f", {point['kind']}"
+            ideal = f"; ideal {point['ideal_speedup'] - 1:+.1%}" if point["ideal_speedup"] is not None and name == "after" else ""
+            yield f"{what}{kind}{f' at {at}' if at else ''}: {found.verdict}{ideal}"
 
 
 # -- evaluations ----------------------------------------------------------------------------------

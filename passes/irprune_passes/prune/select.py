@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from irprune.analysis.plan import layer_of, layers_of, modules_of
+from irprune.backend.multiples import Multiples
 from irprune.errors import NothingPrunableError, OptionError
 from irprune.ir.dims import Atom, Concat, Indexed, Term, Var, atom_size, resolve, variables
 from irprune.ir.facts import Group, Groups
@@ -125,8 +126,10 @@ def _way_on(selection: Selection) -> str:
 # -- rounding ---------------------------------------------------------------------------------------
 
 
-def units(program: Program, chosen: Sequence[Group], round_to: int) -> dict[str, int]:
+def units(program: Program, chosen: Sequence[Group], round_to: Multiples) -> dict[str, int]:
     """For each group the number whose multiples, as kept counts, make tensor axes multiples of ``round_to``.
+
+    Which of the two holds for a group, a kernel among its tensors decides.
 
     Axis sizes of parameters and buffers are meant: 3 heads of 64 need no rounding to 8, since the axis
     is 192 long. Where two chosen variables share an axis, the larger one is rounded first and counts as
@@ -138,7 +141,9 @@ def units(program: Program, chosen: Sequence[Group], round_to: int) -> dict[str,
     for group in sorted(chosen, key=lambda group: -group.size):
         terms = [program.typing.of(program.holders[member.tensor].name)[member.axis] for member in group.members]
         factors = [factor for term in terms for factor in _factors(term, group.var, steady)]
-        unit = 1 if group.kind == "experts" else math.lcm(*(round_to // math.gcd(round_to, factor) for factor in factors))
+        convolves = any(program.tensors[member.tensor].ndim > 2 and member.axis < 2 for member in group.members)
+        multiple = round_to.convolution if convolves and group.kind != "experts" else round_to.product
+        unit = 1 if group.kind == "experts" else math.lcm(*(multiple // math.gcd(multiple, factor) for factor in factors))
         found[group.name] = unit
         steady[group.var] = math.gcd(unit, group.size)
     return found

@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--keep", metavar="OUT", type=Path, help="a directory for the files")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the timing")
     options = parser.parse_args()
-    if options.checkpoint is None or not Path(options.checkpoint).is_dir():
+    if not options.checkpoint or not Path(options.checkpoint).is_dir():
         print("SKIPPED: no checkpoint; give --checkpoint DIR or IRPRUNE_SMOLLM2")
         return 0
     os.environ["HF_HUB_OFFLINE"] = "1"

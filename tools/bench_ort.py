@@ -56,7 +56,7 @@ def decoder() -> tuple[Program, dict[str, Any]]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     path = os.environ.get("IRPRUNE_SMOLLM2")
-    if path is not None and Path(path).is_dir():
+    if path and Path(path).is_dir():
         return _language(LlamaForCausalLM.from_pretrained(path, use_cache=False).eval(), 49152)
     torch.manual_seed(0)
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 10}

@@ -106,7 +106,7 @@ def _prune(entry: Any, ratio: float, setting: str, traced: Callable[[], Any]) ->
     )
     for group in pruner.step(interactive=True):
         group.prune()
-    _renumber(module, attention, pruner.num_heads, original)
+    _renumber(module, attention, pruner.num_heads, original, whole)
     params = [sum(t.numel() for t in original.values()), sum(p.numel() for p in module.parameters())]
     with torch.no_grad():
         result = _leaves(module(*args))
@@ -192,7 +192,7 @@ def _patch_merging(module: torch.nn.Module, tp: Any) -> dict[Any, Any]:
             return layer
 
         def prune_in_channels(self, layer: Any, idxs: list[int]) -> Any:
-            repeated = [i + k * layer.dim for k in range(4) for i in idxs]
+            repeated = [i + k * self.get_in_channels(layer) for k in range(4) for i in idxs]
             tp.prune_linear_in_channels(layer.reduction, repeated)
             tp.prune_layernorm_out_channels(layer.norm, repeated)
             return layer
@@ -201,12 +201,14 @@ def _patch_merging(module: torch.nn.Module, tp: Any) -> dict[Any, Any]:
             return int(layer.reduction.out_features)
 
         def get_in_channels(self, layer: Any) -> int:
-            return int(layer.dim)
+            return int(layer.reduction.in_features) // 4
 
     return {kind: Pruner() for kind in kinds}
 
 
-def _renumber(module: torch.nn.Module, attention: Mapping[Any, Mapping[Any, int]], heads: Mapping[Any, int], original: Any) -> None:
+def _renumber(
+    module: torch.nn.Module, attention: Mapping[Any, Mapping[Any, int]], heads: Mapping[Any, int], original: Any, whole: bool
+) -> None:
     """Set what attention modules and the configuration know of their sizes to what is left."""
     names = {id(part): name for name, part in module.named_modules()}
     for part, layers in attention.items():
@@ -215,7 +217,8 @@ def _renumber(module: torch.nn.Module, attention: Mapping[Any, Mapping[Any, int]
         before = original[f"{names[id(first)]}.weight"].shape[0]
         width, old_width = first.out_features // (3 if fused else 1), before // (3 if fused else 1)
         number = int(heads.get(first, layers[first]))
-        dim = width // number
+        dim = old_width // layers[first] if whole else width // number
+        number = width // dim
         values = {**dict.fromkeys(HEADS, number), **dict.fromkeys(HEAD_DIM, dim), **dict.fromkeys(WIDTH, width)}
         if len(set(layers.values())) > 1:
             kv = next(layer for layer in layers if layers[layer] != layers[first])
@@ -246,7 +249,8 @@ def _kept(old: torch.Tensor, new: torch.Tensor) -> list[np.ndarray] | None:
     values, first = np.unique(old.detach().numpy().reshape(-1), return_index=True)
     wanted = new.detach().numpy().reshape(-1)
     place = np.searchsorted(values, wanted).clip(max=len(values) - 1)
-    if old.ndim != new.ndim or not np.array_equal(values[place], wanted):
+    repeated = old.ndim == 1 and len(values) < old.numel()
+    if old.ndim != new.ndim or repeated or not np.array_equal(values[place], wanted):
         return None
     found = []
     coordinates = np.unravel_index(first[place], old.shape)

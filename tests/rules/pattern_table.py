@@ -855,7 +855,7 @@ def routed(n: Net, x: Tensor, count: int = 4) -> tuple[Tensor, Tensor]:
     return n.linear(x, count).softmax(-1).topk(2, -1)
 
 
-@pattern("experts:4~ head_dim:5", ROWS, least=2)
+@pattern("experts:4~ ffn:5", ROWS, least=2)
 def experts_whose_weights_are_gathered(n: Net, x: Tensor) -> Tensor:
     weights, chosen = routed(n, x)
     h = torch.einsum("ri,rkio->rko", x, n.parameter(4, 4, 5)[chosen]).relu() + n.parameter(4, 5)[chosen]

@@ -40,11 +40,25 @@ from irprune.pipeline.manifest import Manifest
 from irprune.pipeline.parser import parse, parse_toml, unparse, write
 from irprune.pipeline.passes import Facts, Pass
 from irprune.pipeline.progress import doing
+from irprune.report import compare as comparing
+from irprune.report import data as report_data
+from irprune.report import html
 from irprune.report.tables import notes
 from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
-ARTEFACTS = (manifest.NAME, evaluation.NAME, RECIPE, ARCHIVE, "model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
+ARTEFACTS = (
+    manifest.NAME,
+    evaluation.NAME,
+    report_data.NAME,
+    html.NAME,
+    RECIPE,
+    ARCHIVE,
+    "model.onnx",
+    "model.onnx.data",
+    "original.onnx",
+    "original.onnx.data",
+)
 
 Target = str | os.PathLike[str] | nn.Module | Program
 
@@ -200,6 +214,31 @@ def validate(
         return _run(program, (*facts, file, Workspace(Path(scratch))), pipeline, None, instruments)
 
 
+def report(path: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` of a run again, from its manifest and its ``report.json``.
+
+    Raises:
+        DataError: The directory holds no finished run.
+    """
+    return html.write(Path(path))
+
+
+def compare(paths: Sequence[str | os.PathLike[str]], *, out: str | os.PathLike[str] | None = None) -> comparing.Comparison:
+    """Runs side by side: sizes, speed and quality, and which of them no other one beats.
+
+    Args:
+        paths: Run directories, two or more.
+        out: Where a page with the table and its charts goes, if anywhere.
+
+    Raises:
+        DataError: A directory holds no finished run.
+    """
+    done = comparing.compare([Path(path) for path in paths])
+    if out is not None:
+        files.write_text(out, comparing.render(done))
+    return done
+
+
 def evaluate(
     target: Target,
     *,
@@ -272,11 +311,11 @@ def groups(target: Target, *, freeze: Sequence[str] = (), **options: Any) -> tup
 
 def _run(program: Program, facts: Iterable[Fact], pipeline: Sequence[Pass], folder: Path | None, instruments: Sequence[Instrument]) -> Run:
     """Run a pipeline on a loaded target and fill the run directory, if there is one."""
-    original, timing = program, Timing()
+    original, timing, seen = program, Timing(), report_data.Observed()
     known: list[Fact] = [*facts, Original(original)]
     if folder is not None:
         known.append(Workspace(folder))
-    program, found = manager.run(pipeline, program, known, [timing, Untouched(), *instruments])
+    program, found = manager.run(pipeline, program, known, [timing, Untouched(), seen, *instruments])
     program = _typed(program)
     task, report, plan = found.get(Task), found.get(PruneReport), found.get(Plan)
     if folder is not None and report is not None:
@@ -284,6 +323,9 @@ def _run(program: Program, facts: Iterable[Fact], pipeline: Sequence[Pass], fold
     if folder is not None and not any(tensor.is_meta for tensor in program.tensors.values()):
         with doing("archive"):
             save_pt2(program, folder / ARCHIVE)
+    if folder is not None:
+        with doing("figures"):
+            report_data.collect(original, program, seen, found).write(folder)
     written = Manifest.model_validate(
         {
             "target": task.target if task else "",
@@ -298,6 +340,8 @@ def _run(program: Program, facts: Iterable[Fact], pipeline: Sequence[Pass], fold
     )
     if folder is not None:
         written.write(folder)
+        with doing("report"):
+            html.write(folder)
     rows = tuple(plan_table(plan, found[Groups], Cost(program))) if plan is not None else None
     return Run(program, written, None, found, tuple(timing.steps), rows)
 

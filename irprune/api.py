@@ -45,13 +45,17 @@ from irprune.pipeline.manifest import Manifest
 from irprune.pipeline.parser import parse, parse_toml, unparse, write
 from irprune.pipeline.passes import Facts, Pass
 from irprune.pipeline.progress import doing
+from irprune.report import compare as comparing
+from irprune.report import data as report_data
+from irprune.report import html
 from irprune.report.tables import notes
 from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
 ONNX = tuple(f"{stem}.onnx{data}" for stem in ("model", "model.int8", "original") for data in ("", ".data"))
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
-ARTEFACTS = (manifest.NAME, evaluation.NAME, RECIPE, ARCHIVE, "vocabulary.json", *ONNX, *ADAPTERS, "hf")
+PAGES = (manifest.NAME, evaluation.NAME, report_data.NAME, html.NAME)
+ARTEFACTS = (*PAGES, RECIPE, ARCHIVE, "vocabulary.json", *ONNX, *ADAPTERS, "hf")
 
 Target = str | os.PathLike[str] | nn.Module | Program
 
@@ -258,6 +262,31 @@ def validate(
         return _run(program, (*facts, file, Workspace(Path(scratch))), pipeline, None, instruments)
 
 
+def report(path: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` of a run again, from its manifest and its ``report.json``.
+
+    Raises:
+        DataError: The directory holds no finished run.
+    """
+    return html.write(Path(path))
+
+
+def compare(paths: Sequence[str | os.PathLike[str]], *, out: str | os.PathLike[str] | None = None) -> comparing.Comparison:
+    """Runs side by side: sizes, speed and quality, and which of them no other one beats.
+
+    Args:
+        paths: Run directories, two or more.
+        out: Where a page with the table and its charts goes, if anywhere.
+
+    Raises:
+        DataError: A directory holds no finished run.
+    """
+    done = comparing.compare([Path(path) for path in paths])
+    if out is not None:
+        files.write_text(out, comparing.render(done))
+    return done
+
+
 def evaluate(
     target: Target,
     *,
@@ -387,7 +416,7 @@ def _run(
     stage: files.Stage | None = None,
 ) -> Run:
     """Run a pipeline on a loaded target and fill the run directory, if there is one."""
-    original, timing = program, Timing()
+    original, timing, seen = program, Timing(), report_data.Observed()
     known: list[Fact] = [*facts, Original(original)]
     if folder is not None:
         known.append(Workspace(folder))
@@ -395,7 +424,7 @@ def _run(
     if stage is not None:
         steps = manager.completed(pipeline, [type(fact) for fact in known])
         journal = Journal.at(stage.folder, original, steps, Facts(known).get(Task), resume=stage.resumed)
-    program, found = manager.run(pipeline, program, known, [timing, Untouched(), *instruments], journal)
+    program, found = manager.run(pipeline, program, known, [timing, Untouched(), seen, *instruments], journal)
     program = _typed(program)
     if stage is not None and stage.complete:
         told = Manifest.read(stage.folder if (stage.folder / manifest.NAME).is_file() else stage.place)
@@ -406,6 +435,9 @@ def _run(
     if folder is not None and not any(tensor.is_meta for tensor in program.tensors.values()):
         with doing("archive"):
             save_pt2(program, folder / ARCHIVE)
+    if folder is not None:
+        with doing("figures"):
+            report_data.collect(original, program, seen, found).write(folder)
     told = Manifest.model_validate(
         {
             "target": task.target if task else "",
@@ -423,6 +455,8 @@ def _run(
                 fact.complete(told)
         told = told.model_copy(update={"files": manifest.hashes(folder)})
         told.write(folder)
+        with doing("report"):
+            html.write(folder)
     rows = tuple(plan_table(plan, found[Groups], Cost(program))) if plan is not None else None
     return Run(program, told, None, found, tuple(timing.steps), rows)
 

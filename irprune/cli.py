@@ -250,6 +250,28 @@ def generate(
 
 
 @app.command()
+def report(path: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an earlier run.")]) -> None:
+    """Write report.html of an earlier run again."""
+    from irprune import api
+
+    _say([str(api.report(path))])
+
+
+@app.command()
+def compare(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs, two or more.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the page with the charts goes.")] = Path("compare.html"),
+) -> None:
+    """Put runs side by side: a table here, charts in a page."""
+    from irprune import api
+    from irprune.report import compare as comparing
+
+    done = api.compare(paths, out=out)
+    _console().print(comparing.table(done))
+    _say([*comparing.lines(done), str(out)])
+
+
+@app.command()
 def inspect(
     target: Target,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,

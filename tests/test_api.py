@@ -104,7 +104,9 @@ def test_meta_tensors_are_counted_without_weights(tmp_path: Path) -> None:
         module = nn.Sequential(nn.Linear(1000, 4000), nn.ReLU(), nn.Linear(4000, 1000))
         example = (torch.randn(2, 1000),)
     result = irprune.run(module, "score{criterion=random},prune{ratio=0.5}", example_inputs=example, out=tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "recipe.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        *("manifest.json", "recipe.safetensors", "report.html", "report.json")
+    ]
     kept, size = result.facts[PruneReport].kept["ffn0"]
     assert size == 4000
     assert kept == pytest.approx(2000, abs=8)

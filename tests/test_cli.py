@@ -47,7 +47,10 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
 def test_a_run_writes_its_directory(done: tuple[Path, Result]) -> None:
     out, result = done
     assert result.exit_code == 0, result.output
-    assert listing(out.parent) == ["out", *(f"out/{name}" for name in ("manifest.json", "model.onnx", "model.pt2", "recipe.safetensors"))]
+    assert listing(out.parent) == [
+        "out",
+        *(f"out/{name}" for name in ("manifest.json", "model.onnx", "model.pt2", "recipe.safetensors", "report.html", "report.json")),
+    ]
     manifest = Manifest.read(out)
     assert manifest.pipeline == PIPELINE
     assert [one.name for one in manifest.passes] == ["discover", "score", "prune", "export", "validate"]
@@ -61,7 +64,7 @@ def test_a_run_writes_its_directory(done: tuple[Path, Result]) -> None:
     assert manifest.onnx.parity_max_abs_err < 1e-4
     assert manifest.metrics.before is not None
     assert manifest.metrics.before.keys() == {"first class"}
-    assert set(manifest.files) == {"model.onnx", "model.pt2", "recipe.safetensors"}
+    assert set(manifest.files) == {"model.onnx", "model.pt2", "recipe.safetensors", "report.json"}
 
 
 def test_its_files_compute_the_same(done: tuple[Path, Result]) -> None:
@@ -157,7 +160,7 @@ def test_runs_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     paths = [call("run", MODEL, "--passes", "discover").stdout.splitlines()[-1] for _ in range(2)]
     assert paths == ["runs/small_model-1", "runs/small_model-2"]
-    assert listing(tmp_path / "runs" / "small_model-2") == ["manifest.json", "model.pt2"]
+    assert listing(tmp_path / "runs" / "small_model-2") == ["manifest.json", "model.pt2", "report.html", "report.json"]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +325,7 @@ def test_a_directory_in_use_is_refused_unless_forced(tmp_path: Path) -> None:
     )
     assert listing(tmp_path) == ["mine.txt"]
     assert call("run", MODEL, "--passes", "discover", "--out", tmp_path, "--force").exit_code == 0
-    assert listing(tmp_path) == ["manifest.json", "mine.txt", "model.pt2"]
+    assert listing(tmp_path) == ["manifest.json", "mine.txt", "model.pt2", "report.html", "report.json"]
 
 
 @pytest.mark.parametrize("victim", ["fsync", "replace", "mkdir"])

@@ -55,6 +55,10 @@ class Cost:
         """Multiply-accumulates of all sums of products for one call with the example inputs."""
         return sum(self._value(p, counts) for products in self._macs.values() for p in products)
 
+    def macs_by_operation(self) -> dict[str, int]:
+        """Multiply-accumulates of each operation that has any, by its name."""
+        return {name: sum(self._value(product, None) for product in products) for name, products in self._macs.items()}
+
     def of(self, unit: str, counts: Counts | None = None) -> int:
         """``params``, ``macs`` or ``bytes`` by name."""
         return {"params": self.params, "macs": self.macs, "bytes": self.bytes}[unit](counts)

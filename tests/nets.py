@@ -107,7 +107,7 @@ def masks(groups: Iterable[Group], seed: int, least: int = 1) -> dict[Var, Mask]
     rng = np.random.default_rng(seed)
     out = {}
     for group in groups:
-        count = int(rng.integers(min(least, group.size - 1), group.size))
+        count = int(rng.integers(min(max(least, group.least), group.size - 1), group.size))
         mask = np.zeros(group.size, dtype=bool)
         mask[rng.choice(group.size, count, replace=False)] = True
         out[group.var] = mask

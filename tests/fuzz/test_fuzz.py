@@ -34,13 +34,13 @@ def traced(network: Network) -> Program:
 
 
 def random_masks(groups: Groups, data: st.DataObject) -> dict[Var, Mask]:
-    """Some of the prunable groups, each with a random mask that keeps at least one index."""
+    """Some of the prunable groups, each with a random mask that keeps as many indices as there must be."""
     keep = {}
     for group in groups.prunable:
         if not data.draw(st.integers(0, 3)):
             continue
         mask = np.array(data.draw(st.lists(st.booleans(), min_size=group.size, max_size=group.size)))
-        if mask.any():
+        if mask.sum() >= group.least:
             keep[group.var] = mask
     return keep
 

@@ -40,7 +40,7 @@ from irprune.report.tables import notes
 from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
-ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
+ARTEFACTS = (manifest.NAME, RECIPE, ARCHIVE, "vocabulary.json", "model.onnx", "model.onnx.data", "original.onnx", "original.onnx.data")
 
 Target = str | os.PathLike[str] | nn.Module | Program
 

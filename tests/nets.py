@@ -117,7 +117,7 @@ def masks(groups: Iterable[Group], seed: int, least: int = 1) -> dict[Var, Mask]
 def few_left(groups: Iterable[Group], seed: int, count: int = 1) -> dict[Var, Mask]:
     """Masks that leave ``count`` random indices of each group."""
     rng = np.random.default_rng(seed)
-    return {group.var: rng.permutation(group.size) < count for group in groups}
+    return {group.var: rng.permutation(group.size) < max(count, group.least) for group in groups}
 
 
 def check(program: Program, keep: Mapping[Var, Mask], *, stepwise: bool = True) -> Program:

@@ -16,7 +16,7 @@ from irprune.ir.facts import Group, Groups, Member, Role
 from irprune.ir.program import Axes, Program, Types
 from irprune.rules.registry import op_name
 
-KINDS = ("heads", "query_heads", "head_dim", "experts", "norm_groups", "residual", "conv", "ffn", "other")
+KINDS = ("vocabulary", "positions", "heads", "query_heads", "head_dim", "experts", "norm_groups", "residual", "conv", "ffn", "other")
 
 
 @dataclass
@@ -228,6 +228,9 @@ def _walk(program: Program, found: dict[Var, _Found]) -> None:
         for var in mixed:
             if var in found:
                 found[var].mixers.append(event.node)
+    for kind, rows in types.unlocked.items():
+        for var in {var for term in rows for var in variables(resolve(term))} & found.keys():
+            found[var].traits.add(kind)
     derived = derived_values(program)
     for (name, key), term in types.notes.items():
         for var in set(variables(resolve(term))):
@@ -312,6 +315,9 @@ def _kind(info: _Found) -> str:
     traits = info.traits
     if "experts" in traits:
         return "experts"
+    for kind in ("vocabulary", "positions"):
+        if kind in traits:
+            return kind
     if "heads" in traits:
         return "query_heads" if "repeated" in traits else "heads"
     for kind in ("head_dim", "norm_groups", "residual", "conv", "ffn"):

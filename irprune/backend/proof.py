@@ -216,7 +216,7 @@ def prove(before: Program, after: Program, keep: Mapping[Var, Mask], *, seed: in
     shrink = Shrink(before.typing, keep)
     values = fake_values(after)
     prove_shapes(before, after, shrink, values)
-    prove_interface(before, after, values)
+    prove_interface(before, after, values, shrink)
     if any(tensor.is_meta for tensor in before.tensors.values()):
         return {"shapes": True, "interface": True, "numbers": {"max_abs_err": None, "tolerance": None, "skipped": "no weights"}}
     return {"shapes": True, "interface": True, "numbers": prove_numbers(before, after, keep, seed=seed)}
@@ -316,8 +316,8 @@ def _run_nodes(program: Program, flat: list[Any], real: bool = False) -> dict[st
     return values
 
 
-def prove_interface(before: Program, after: Program, values: Mapping[str, Any]) -> None:
-    """Inputs and outputs are the same in number, order, name, size and dtype."""
+def prove_interface(before: Program, after: Program, values: Mapping[str, Any], shrink: Shrink | None = None) -> None:
+    """Inputs and outputs are the same in number, order, name, size and dtype; axes that the user unlocked are as planned."""
     known = hints(before)
     for kind in ("placeholder", "output"):
         old, new = ([n for n in p.nodes if n.op == kind] for p in (before, after))
@@ -332,6 +332,9 @@ def prove_interface(before: Program, after: Program, values: Mapping[str, Any]) 
             if not isinstance(u, torch.Tensor) or not isinstance(v, torch.Tensor):
                 continue
             was, now = ([_concrete(size, known) for size in shape_of(t)] for t in (u, v))
+            axes = before.typing.axes.get(a.name)
+            if shrink is not None and before.typing.unlocked and isinstance(axes, tuple):
+                was = [_concrete(shrink.size(term), known) if shrink.touched(term) else size for size, term in zip(was, axes, strict=True)]
             if not _fit(was, now) or u.dtype != v.dtype:
                 raise ProofError(f"{kind} %{a.name} changed from {u.dtype} {was} to {v.dtype} {now}")
 
@@ -350,11 +353,13 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
     flat = _varied(flat_inputs(before, args, kwargs), seed)
     wide = may_widen(before, flat)
     flat = [value.to(widened(value.dtype)) if wide and isinstance(value, torch.Tensor) else value for value in flat]
+    flat, renumbered = renumber(before, keep, flat)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reference = _flat_tensors(Masked(before, keep, wide).run(*flat, enable_io_processing=False))
         torch.manual_seed(seed)
-        result = _flat_tensors(Run(after, wide).run(*flat, enable_io_processing=False))
+        result = _flat_tensors(Run(after, wide).run(*renumbered, enable_io_processing=False))
+    reference = _unlocked_parts(before, keep, reference)
     worst, scale, allowed = 0.0, 1.0, TOLERANCE[torch.float32]
     for number, (value, expected) in enumerate(zip(result, reference, strict=True)):
         if expected.is_floating_point() and expected.numel() and bool(expected.isnan().all()):
@@ -368,7 +373,7 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
         if gap.relative > tolerance:
             raise ProofError(
                 f"output {number} differs from the masked original by {gap.max_abs:.3g} (largest value {gap.scale:.3g}, "
-                f"allowed {tolerance * gap.scale:.3g}); {locate(before, after, keep, flat, seed, wide)}",
+                f"allowed {tolerance * gap.scale:.3g}); {locate(before, after, keep, flat, seed, wide, renumbered)}",
                 where="validation",
                 hint="the program is left as it was; an op rule is wrong: report this with the model",
             )
@@ -405,7 +410,50 @@ def flat_inputs(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, An
     return list(pytree.tree_leaves((args, dict(kwargs))))
 
 
-def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list[Any], seed: int, wide: bool = False) -> str:
+def renumber(before: Program, keep: Mapping[Var, Mask], flat: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Inputs for the program before and after its vocabulary was cut: ids that stay, as they were and numbered anew.
+
+    An id that is gone is replaced by one that stays. Without a cut both are the inputs as they are.
+    """
+    types = before.typing
+    rows = types.unlocked.get("vocabulary", ())
+    shrink = Shrink(types, keep)
+    if not rows or not shrink.touched(rows[0]):
+        return flat, flat
+    names = [node.name for node in before.nodes if node.op == "placeholder"]
+    mask = torch.from_numpy(shrink.mask(rows[0]))
+    old, new = list(flat), list(flat)
+    at = names.index(str(types.ids))
+    left, ids = mask.nonzero()[:, 0].to(flat[at].device), flat[at]
+    ids = torch.where(mask.to(ids.device)[ids], ids, left[ids % len(left)].to(ids.dtype))
+    old[at], new[at] = ids, torch.searchsorted(left, ids.contiguous()).to(ids.dtype)
+    return old, new
+
+
+def _unlocked_parts(before: Program, keep: Mapping[Var, Mask], outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What is left of each output where the user let an axis of it be cut."""
+    types = before.typing
+    if not types.unlocked:
+        return outputs
+    shrink = Shrink(types, keep, hints(before))
+    leaves = [leaf for node in before.nodes if node.op == "output" for leaf in pytree.tree_leaves(node.args[0])]
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.Tensor)]
+    return [shrink.slice(value, types.of(node.name)) for node, value in zip(nodes, outputs, strict=True)]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def locate(
+    before: Program,
+    after: Program,
+    keep: Mapping[Var, Mask],
+    flat: list[Any],
+    seed: int,
+    wide: bool = False,
+    renumbered: list[Any] | None = None,
+) -> str:
     """The first operation at which the two runs part, in words."""
     shrink = Shrink(before.typing, keep, hints(before))
     values: dict[str, Any] = {}
@@ -423,11 +471,12 @@ def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list
         record(Masked)(before, keep, wide).run(*flat, enable_io_processing=False)  # type: ignore[call-arg, arg-type]
         full, values = values, {}
         torch.manual_seed(seed)
-        record(Run)(after, wide).run(*flat, enable_io_processing=False)
+        record(Run)(after, wide).run(*(flat if renumbered is None else renumbered), enable_io_processing=False)
+    ids = {node.name for node in before.nodes if before.typing.unlocked and not _is_float(node.meta.get("val"))}
     for node in after.nodes:
         axes = before.typing.axes.get(node.name)
         value, expected = values.get(node.name), full.get(node.name)
-        if not isinstance(axes, tuple) or not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        if not isinstance(axes, tuple) or not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor) or node.name in ids:
             continue
         expected = shrink.slice(expected, axes)
         if (node.name, 0) in before.typing.points:

@@ -60,7 +60,7 @@ class Group:
         var: The variable.
         size: Number of indices.
         kind: ``ffn``, ``heads``, ``query_heads``, ``head_dim``, ``conv``, ``residual``,
-            ``norm_groups``, ``experts``, ``other``.
+            ``norm_groups``, ``experts``, ``other``; where unlocked ``vocabulary``, ``positions``.
         exact: Removing an index gives the same function as zeroing it.
         members: Parameter and buffer axes, in execution order of their use.
         carriers: Names of the operations whose results carry the variable.

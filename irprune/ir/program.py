@@ -76,6 +76,10 @@ class Types:
         points: Values whose numbers are positions along an axis, by operation name and place among its
             results: whichever expert a token was sent to. They follow that axis when it shrinks.
         least: Axes of which at least so many positions are needed (the ``k`` of a top-k).
+        unlocked: Axes of tables that the user allowed to be cut although they are looked up, by kind
+            (``vocabulary``, ``positions``).
+        lookups: The look-ups whose table is unlocked: operation name to kind.
+        ids: Name of the input whose numbers index the vocabulary, where that is unlocked.
     """
 
     dims: Dims = field(default_factory=Dims)
@@ -88,6 +92,9 @@ class Types:
     picks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     points: dict[tuple[str, int], Term] = field(default_factory=dict)
     least: list[tuple[Term, int]] = field(default_factory=list)
+    unlocked: dict[str, list[Term]] = field(default_factory=dict)
+    lookups: dict[str, str] = field(default_factory=dict)
+    ids: str | None = None
 
     def of(self, name: str) -> Axes:
         axes = self.axes[name]

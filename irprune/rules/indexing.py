@@ -21,8 +21,16 @@ LOOKED_UP = "its rows are looked up by index"
 @rule("embedding")
 def embedding(op: Op, weight: Value, indices: Value) -> Axes:
     """``weight[indices]``: weight ``(rows, width)``, result ``(*indices, width)``."""
-    op.freeze(weight.axes[0], "data-dependent", LOOKED_UP)
+    op.look_up(weight, 0, LOOKED_UP)
     return (*indices.axes, weight.axes[1])
+
+
+@resize("embedding")
+def resize_embedding(rw: Resize, padding_idx: int = -1, **_: Any) -> None:
+    """The row that gets no gradient may have moved or gone."""
+    if padding_idx >= 0:
+        gone = rw.position("weight", 0, padding_idx + 1) == rw.position("weight", 0, padding_idx)
+        rw.set("padding_idx", -1 if gone else rw.position("weight", 0, padding_idx))
 
 
 @rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")

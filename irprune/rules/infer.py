@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from irprune.errors import OptionError
 from irprune.ir.dims import UNIT, Concat, Freeze, Size, Term, as_size, concat, resolve, term_size, variables
 from irprune.ir.program import Axes, Diagnostic, Event, Program, Types
+from irprune.rules import unlock
 from irprune.rules.registry import bind, op_name, registry
 
 UNIFORM_NAMES = """
@@ -162,6 +164,17 @@ class Op:
         """Whether whole numbers pass into the result as they are, which truth values would not let them."""
         return isinstance(self.results[0], torch.Tensor) and self.results[0].dtype is not torch.bool
 
+    def look_up(self, table: Value, dim: int, message: str) -> None:
+        """Positions of a table's axis are read by numbers: it stays whole, unless the user unlocked it."""
+        kind = self.types.lookups.get(self.node.name)
+        if kind is None:
+            self.freeze(table.axes[dim], "data-dependent", message)
+            return
+        rows = self.types.unlocked[kind]
+        if kind == "vocabulary" and rows:
+            self.unify(rows[0], table.axes[dim])
+        rows.append(table.axes[dim])
+
     def contract(self, value: Value, *dims: int) -> None:
         """The axes are summed over: a zero at an index removes it exactly."""
         self._event(value, dims, "contract")
@@ -223,10 +236,20 @@ def results_of(node: fx.Node) -> list[Any]:
     return list(value) if isinstance(value, tuple | list) else [value]
 
 
-def typed(program: Program) -> Program:
-    """The program with types: a dimension term for every axis of every tensor value."""
+def typed(program: Program, unlocked: Iterable[str] = ()) -> Program:
+    """The program with types: a dimension term for every axis of every tensor value.
+
+    Args:
+        program: The program.
+        unlocked: Axes of the interface that may be cut: ``vocabulary``, ``positions`` (:mod:`irprune.rules.unlock`).
+
+    Raises:
+        OptionError: The program has no such axis.
+    """
     types = Types()
     types.constants = constants(program.module.graph)
+    for kind in unlocked:
+        _unlock(kind, program, types)
     for node in program.nodes:
         _visit(node, program, types)
     for term, _ in types.least:
@@ -245,6 +268,9 @@ def _join(program: Program, types: Types) -> None:
             blocks = (atom for atom in resolve(term) if isinstance(atom, Concat))
             for found in (dict.fromkeys(v for v in variables((atom,)) if v.frozen is None and isinstance(v.size, int)) for atom in blocks):
                 wanted |= found if len(found) > 1 else {}
+    for term, _ in types.least:  # of which so many must stay is known of the variable alone
+        for var in variables(resolve(term)):
+            wanted.pop(var, None)
     if not wanted:
         return
     places = itertools.chain(
@@ -259,14 +285,48 @@ def _join(program: Program, types: Types) -> None:
         types.axes[name] = new if isinstance(axes, list) else new[0]  # type: ignore[assignment]
 
 
+def _unlock(kind: str, program: Program, types: Types) -> None:
+    """Note the tables of a kind before anything is inferred: a look-up leaves their rows free then."""
+    ids = unlock.tokens(program) if kind == "vocabulary" else None
+    if isinstance(ids, unlock.Tokens):
+        types.ids, nodes = ids.input, ids.nodes
+    elif kind == "positions":
+        nodes = unlock.positional(program)
+    else:
+        nodes = frozenset()
+    if not nodes:
+        why = (
+            ids
+            if isinstance(ids, str)
+            else "no table is indexed by places"
+            if kind in unlock.KINDS
+            else f"one of {', '.join(unlock.KINDS)}"
+        )
+        raise OptionError(f"the program has no axis '{kind}' that could be cut: {why}")
+    types.unlocked[kind] = []
+    types.lookups |= dict.fromkeys(nodes, kind)
+
+
+def _unlocked_outputs(node: fx.Node, types: Types) -> None:
+    """The last axis of an output over the tokens is the vocabulary."""
+    for term in types.unlocked.get("vocabulary", ())[:1]:
+        for operand in node.all_input_nodes:
+            for axes in _all_axes(types, operand):
+                if axes and operand.meta["val"].is_floating_point() and term_size(resolve(axes[-1])) == term_size(resolve(term)):
+                    types.dims.unify(term, axes[-1], Freeze("misaligned", "it does not line up with the vocabulary", node.name))
+
+
 def _visit(node: fx.Node, program: Program, types: Types) -> None:
     if node.op == "output":
+        _unlocked_outputs(node, types)
+        cut = {var for term in types.unlocked.get("vocabulary", ()) for var in variables(resolve(term))}
         for position, operand in enumerate(node.all_input_nodes):
             if (operand.name, 0) in types.points:
                 why = Freeze("interface", f"output {position} of the model tells positions along it", node.name)
                 types.dims.freeze(types.points[operand.name, 0], why)
             for axes in _all_axes(types, operand):
-                for term in axes:
+                free = bool(axes) and not cut.isdisjoint(variables(resolve(axes[-1])))
+                for term in axes[:-1] if free else axes:
                     types.dims.freeze(term, Freeze("interface", f"it is an axis of output {position} of the model", node.name))
         return
     if node.op == "placeholder":

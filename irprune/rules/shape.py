@@ -478,7 +478,7 @@ def resize_roll(rw: Resize, shifts: list[Any], dims: list[int], **_: Any) -> Non
     new = []
     for shift, dim in zip(shifts if isinstance(shifts, list) else [shifts], dims if isinstance(dims, list) else [dims], strict=False):
         size = rw.old_size("self", dim)
-        if isinstance(size, int) and isinstance(shift, int) and shift % size:
+        if isinstance(size, int) and isinstance(shift, int):
             new.append(rw.position("self", dim, size) - rw.position("self", dim, size - shift % size))
         else:
             new.append(shift)

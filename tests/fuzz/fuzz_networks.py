@@ -288,7 +288,7 @@ def _mixed(draw: Draw, c: int) -> tuple[Step, int]:
         "softmax": lambda x: x.softmax(-1),
         "cumsum": lambda x: x.cumsum(-1),
         "norm": lambda x: x / (x.norm(dim=-1, keepdim=True) + 1),
-        "std": lambda x: x / (x.std(-1, keepdim=True) + 1),
+        "std": lambda x: x / (x.std(-1, correction=0, keepdim=True) + 1),
         "logsumexp": lambda x: x - x.logsumexp(-1, keepdim=True),
     }[mode]
     return Step(mode, run), c

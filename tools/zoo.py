@@ -331,7 +331,8 @@ def page(ours: list[dict[str, Any]], peer: list[dict[str, Any]]) -> str:
     if peer:
         counted = collections.Counter(_peer_class(record) for record in peer)
         lines.append(
-            f"- Torch-Pruning on {len(peer)} of these entries by its documentation (`tools/zoo_peer.py` says how): "
+            f"- Torch-Pruning on {len(peer)} of these entries by its documentation (`tools/zoo_peer.py` says how), "
+            f"{PEER_SECONDS} s of processor time for each of two settings: "
             + ", ".join(f"{n} {what}" for what, n in counted.most_common())
             + "."
         )

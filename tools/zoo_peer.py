@@ -249,7 +249,8 @@ def _kept(old: torch.Tensor, new: torch.Tensor) -> list[np.ndarray] | None:
     values, first = np.unique(old.detach().numpy().reshape(-1), return_index=True)
     wanted = new.detach().numpy().reshape(-1)
     place = np.searchsorted(values, wanted).clip(max=len(values) - 1)
-    repeated = old.ndim == 1 and len(values) < old.numel()
+    axes = sum(size > 1 for size in old.shape)
+    repeated = len(values) < old.numel() * (0.5 if axes > 1 else 1)
     if old.ndim != new.ndim or repeated or not np.array_equal(values[place], wanted):
         return None
     found = []

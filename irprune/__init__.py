@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["groups", "load", "run", "trace", "validate"]
+__all__ = ["groups", "load", "load_pretrained", "run", "trace", "validate"]
 
 if TYPE_CHECKING:
-    from irprune.api import groups, load, run, trace, validate
+    from irprune.api import groups, load, load_pretrained, run, trace, validate
 
 
 def __getattr__(name: str) -> Any:

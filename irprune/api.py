@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,18 +25,21 @@ from irprune.analysis.cost import Cost
 from irprune.analysis.plan import PlanRow, plan_table
 from irprune.backend.archive import save_pt2
 from irprune.backend.checkpoint import Recipe, save_recipe
+from irprune.backend.generate import Decoder, Speed
 from irprune.backend.onnx import OnnxFile
-from irprune.errors import DataError, OptionError, PipelineError
+from irprune.backend.runtime import Provider
+from irprune.errors import DataError, OptionError, PipelineError, ResumeError
 from irprune.evaluate import Predictor, evaluation
 from irprune.evaluate.evaluation import Evaluation
 from irprune.evaluate.perplexity import WINDOW
 from irprune.evaluate.tasks import named as tasks_named
 from irprune.frontend import export
 from irprune.frontend.batches import Binding
-from irprune.ir.facts import Fact, Groups, Original, Plan, PruneReport, Task, Workspace
+from irprune.ir.facts import Fact, Groups, Note, Original, Plan, PruneReport, Task, Workspace
 from irprune.ir.program import Program
-from irprune.pipeline import files, manager, manifest, registry
+from irprune.pipeline import files, manager, manifest, processes, registry
 from irprune.pipeline.instruments import Timed, Timing, Untouched
+from irprune.pipeline.journal import Journal
 from irprune.pipeline.manager import Instrument
 from irprune.pipeline.manifest import Manifest
 from irprune.pipeline.parser import parse, parse_toml, unparse, write
@@ -47,18 +52,9 @@ from irprune.report.tables import notes
 from irprune.rules.infer import typed
 
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
-ARTEFACTS = (
-    manifest.NAME,
-    evaluation.NAME,
-    report_data.NAME,
-    html.NAME,
-    RECIPE,
-    ARCHIVE,
-    "model.onnx",
-    "model.onnx.data",
-    "original.onnx",
-    "original.onnx.data",
-)
+ONNX = tuple(f"{stem}.onnx{data}" for stem in ("model", "model.int8", "original") for data in ("", ".data"))
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
+ARTEFACTS = (manifest.NAME, evaluation.NAME, report_data.NAME, html.NAME, RECIPE, ARCHIVE, "vocabulary.json", *ONNX, *ADAPTERS, "hf")
 
 Target = str | os.PathLike[str] | nn.Module | Program
 
@@ -94,6 +90,13 @@ def trace(
     return typed(export.trace(module, args, kwargs, dynamic))
 
 
+def load_pretrained(path: str | os.PathLike[str], *, verify: bool = True, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Load a Hugging Face checkpoint that a run wrote; see :func:`irprune.frontend.hf_pretrained.load_pretrained`."""
+    from irprune.frontend import hf_pretrained
+
+    return hf_pretrained.load_pretrained(path, verify=verify, trust_remote_code=trust_remote_code, **options)
+
+
 @doing("load and trace")
 def load(
     target: Target,
@@ -126,10 +129,12 @@ def load(
         options.update({name: value for name, value in own.items() if value not in (None, ())})
         program, facts = targets.load(os.fspath(target), calibration=calibration, seed=seed, **options)
         return _typed(program), facts
+    source: tuple[Fact, ...] = ()
     if isinstance(target, Program):
         name, program = "program", target
     else:
         name = type(target).__name__
+        source = _source(target)
         if options:
             raise OptionError(f"unknown option '{next(iter(options))}' for a module", hint="see irprune.api.load for those that exist")
         args, kwargs = ((), example_inputs) if isinstance(example_inputs, Mapping) else (tuple(example_inputs), {})
@@ -139,7 +144,16 @@ def load(
     binding = Binding(codegen.pytree_info.orig_args[: len(program.interface.example[0])], program.interface)
     batches = calibration if calibration is None or callable(calibration) else lambda: calibration
     task = Task(target=name, calibration=batches, inputs=binding, loss=loss, evaluate=evaluate, seed=seed)
-    return _typed(program), (task,)
+    return _typed(program), (task, *source)
+
+
+def _source(module: nn.Module) -> tuple[Fact, ...]:
+    """A model of transformers can be written as one."""
+    if "transformers" not in sys.modules:
+        return ()
+    from irprune.frontend import hf_pretrained
+
+    return (hf_pretrained.pretrained(module),) if hf_pretrained.is_pretrained(module) else ()
 
 
 def run(
@@ -150,6 +164,8 @@ def run(
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
     dry_run: bool = False,
+    resume: bool = False,
+    require_speedup: float | None = None,
     instruments: Sequence[Instrument] = (),
     seed: int = 0,
     **options: Any,
@@ -163,23 +179,49 @@ def run(
         out: The run directory; the first free ``runs/<target>-<n>`` if none is given.
         force: Replace what an earlier run left in ``out``.
         dry_run: Stop at the first pass that would change the program, and give its plan instead.
+        resume: Go on with what a killed run left in ``out`` (without one, in the newest unfinished
+            ``runs/<target>-<n>``), from its last finished pass; start where nothing was left. What is done
+            stays on disk if this process is stopped too, by an error or otherwise.
+        require_speedup: The same option of the pass ``validate``.
         instruments: Watchers of the passes.
         seed: Seed of everything random.
         options: As :func:`load` takes them.
 
+    Under ``torchrun`` every process runs the pipeline, passes that train share the work, and the first
+    process alone writes the run directory.
+
     Raises:
-        IrpruneError: Anything that the user can do something about. Nothing stays on disk then.
+        IrpruneError: Anything that the user can do something about. Nothing stays on disk then, except
+            with ``resume``.
+        ResumeError: What was left is of another run, or damaged; or the run has finished.
     """
     pipeline = _pipeline(passes, config)
+    if require_speedup is not None:
+        pipeline = _gated(pipeline, require_speedup)
     if dry_run:
         pipeline = _planning(pipeline)
     manager.completed(pipeline, (Task, Original, Workspace))
     if dry_run:
         return _run(*load(target, seed=seed, **options), pipeline, None, instruments)
     place = Path(out) if out is not None else Path("runs") / _stem(target)
-    with files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=manifest.NAME) as stage:
-        done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments)
+    if resume and not force and out is not None and finished(out) is not None:
+        raise ResumeError("the run has finished", where=str(out), hint="read its manifest.json, or run it again with --force")
+    if not processes.leads():
+        with processes.joined(), tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
+            return _run(*load(target, seed=seed, **options), pipeline, Path(scratch), instruments)
+    staging = files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=manifest.NAME, resume=resume)
+    with processes.joined(), staging as stage:
+        done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments, stage)
     return dataclasses.replace(done, path=stage.place)
+
+
+def finished(out: str | os.PathLike[str]) -> Manifest | None:
+    """The manifest of a directory's run if that has finished; leftovers of its making are removed."""
+    place = Path(out)
+    if not (place / manifest.NAME).is_file() or (place / files.PART).is_dir():
+        return None
+    shutil.rmtree(place / files.PARTIAL, ignore_errors=True)
+    return Manifest.read(place)
 
 
 def validate(
@@ -204,11 +246,16 @@ def validate(
     old = Manifest.read(folder)
     if old.onnx is None:
         raise DataError("the run wrote no ONNX file", where=str(folder), hint="run the target again with the pass export")
+    if "recovery" in (old.model_extra or {}):
+        raise DataError(
+            "the run trained the weights, which its recipe does not replay",
+            where=str(folder),
+            hint="put `validate` into the pipeline of the run itself",
+        )
     _check_files(folder, old)
     replay = "apply{recipe=" + write(folder / RECIPE) + "}," if (folder / RECIPE).exists() else ""
     pipeline = parse(f"{replay}validate{{{options}}}")
-    said = old.onnx.model_extra or {}
-    file = OnnxFile(folder / said["file"], said["opset"], said["inputs"], said["outputs"], said["size_bytes"], tuple(said["external_data"]))
+    file = OnnxFile.read(folder, old.onnx.model_extra or {})
     program, facts = load(target, **load_options)
     with tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
         return _run(program, (*facts, file, Workspace(Path(scratch))), pipeline, None, instruments)
@@ -301,6 +348,56 @@ def evaluate(
     return done
 
 
+@dataclass(frozen=True)
+class Generated:
+    """What a decoder wrote.
+
+    Attributes:
+        tokens: The new tokens.
+        text: Prompt and new tokens as text; ``None`` without a tokenizer.
+        speed: How long it took.
+    """
+
+    tokens: tuple[int, ...]
+    text: str | None
+    speed: Speed
+
+
+def generate(
+    model: str | os.PathLike[str],
+    prompt: str | Sequence[int],
+    *,
+    tokens: int = 64,
+    tokenizer: str | os.PathLike[str] | None = None,
+    threads: int = 0,
+    provider: Provider = "auto",
+) -> Generated:
+    """Go on from a prompt with an ONNX file that has a key-value cache, by greedy decoding.
+
+    Args:
+        model: The file, written with ``export{cache=true}``.
+        prompt: Text, or tokens.
+        tokens: Most new tokens; the tokenizer's end token ends it sooner.
+        tokenizer: Directory or hub id of the tokenizer; the model's own directory by default.
+        threads: Threads of onnxruntime; 0: its own choice.
+        provider: Where it runs.
+
+    Raises:
+        DataError: The file has no cache, or there is no tokenizer for a text.
+    """
+    path = Path(model)
+    decoder = Decoder(path, threads=threads, provider=provider)
+    reads = None
+    if isinstance(prompt, str) or tokenizer is not None:
+        from irprune.frontend.hf_checkpoint import tokenizer_of
+
+        reads = tokenizer_of(os.fspath(tokenizer) if tokenizer is not None else os.fspath(path.parent))
+    ids = [int(token) for token in (reads(prompt)["input_ids"] if reads is not None and isinstance(prompt, str) else prompt)]
+    stop = () if reads is None or reads.eos_token_id is None else (int(reads.eos_token_id),)
+    found = tuple(decoder.greedy(ids, tokens, stop))
+    return Generated(found, reads.decode([*ids, *found], skip_special_tokens=True) if reads is not None else None, decoder.speed)
+
+
 def groups(target: Target, *, freeze: Sequence[str] = (), **options: Any) -> tuple[Program, Groups]:
     """A target's typed program and its groups, as the pass ``discover`` finds them."""
     program, facts = load(target, **options)
@@ -309,41 +406,56 @@ def groups(target: Target, *, freeze: Sequence[str] = (), **options: Any) -> tup
     return program, found[Groups]
 
 
-def _run(program: Program, facts: Iterable[Fact], pipeline: Sequence[Pass], folder: Path | None, instruments: Sequence[Instrument]) -> Run:
+def _run(
+    program: Program,
+    facts: Iterable[Fact],
+    pipeline: Sequence[Pass],
+    folder: Path | None,
+    instruments: Sequence[Instrument],
+    stage: files.Stage | None = None,
+) -> Run:
     """Run a pipeline on a loaded target and fill the run directory, if there is one."""
     original, timing, seen = program, Timing(), report_data.Observed()
     known: list[Fact] = [*facts, Original(original)]
     if folder is not None:
         known.append(Workspace(folder))
-    program, found = manager.run(pipeline, program, known, [timing, Untouched(), seen, *instruments])
+    journal = None
+    if stage is not None:
+        steps = manager.completed(pipeline, [type(fact) for fact in known])
+        journal = Journal.at(stage.folder, original, steps, Facts(known).get(Task), resume=stage.resumed)
+    program, found = manager.run(pipeline, program, known, [timing, Untouched(), seen, *instruments], journal)
     program = _typed(program)
+    if stage is not None and stage.complete:
+        told = Manifest.read(stage.folder if (stage.folder / manifest.NAME).is_file() else stage.place)
+        return Run(program, told, None, found, tuple(timing.steps))
     task, report, plan = found.get(Task), found.get(PruneReport), found.get(Plan)
     if folder is not None and report is not None:
         save_recipe(folder / RECIPE, Recipe.of(report, original, task.target if task else ""))
     if folder is not None and not any(tensor.is_meta for tensor in program.tensors.values()):
         with doing("archive"):
             save_pt2(program, folder / ARCHIVE)
-    if folder is not None:
-        with doing("figures"):
-            report_data.collect(original, program, seen, found).write(folder)
-    written = Manifest.model_validate(
+    told = Manifest.model_validate(
         {
             "target": task.target if task else "",
             "seed": task.seed if task else 0,
             "pipeline": unparse(step.of for step in timing.steps),
             "passes": manifest.applied(timing.steps),
             "model": {"before": _size(original), "after": _size(program)},
-            "files": manifest.hashes(folder) if folder is not None else {},
             "notes": notes(original),
             **manifest.noted(found),
         }
     )
     if folder is not None:
-        written.write(folder)
+        for fact in found:
+            if isinstance(fact, Note) and hasattr(fact, "complete"):
+                fact.complete(told)
         with doing("report"):
-            html.write(folder)
+            report_data.collect(original, program, seen, found).write(folder)
+        told = told.model_copy(update={"files": manifest.hashes(folder)})
+        html.write(folder, told)
+        told.write(folder)
     rows = tuple(plan_table(plan, found[Groups], Cost(program))) if plan is not None else None
-    return Run(program, written, None, found, tuple(timing.steps), rows)
+    return Run(program, told, None, found, tuple(timing.steps), rows)
 
 
 def _pipeline(passes: str | Sequence[Pass] | None, config: str | os.PathLike[str] | None) -> list[Pass]:
@@ -353,6 +465,14 @@ def _pipeline(passes: str | Sequence[Pass] | None, config: str | os.PathLike[str
     if config is not None:
         return parse_toml(Path(config))
     return parse(passes) if isinstance(passes, str) else list(passes or ())
+
+
+def _gated(pipeline: Sequence[Pass], speedup: float) -> list[Pass]:
+    """The pipeline whose pass ``validate`` requires a speed-up."""
+    if not any(one.name == "validate" for one in pipeline):
+        raise PipelineError("a speed-up can be required only where it is measured", hint="put `export,validate` at the end of the pipeline")
+    gate = {"require_speedup": speedup}
+    return [type(one).model_validate({**one.model_dump(), **gate}) if one.name == "validate" else one for one in pipeline]
 
 
 def _planning(pipeline: Sequence[Pass]) -> list[Pass]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from irprune.api import Run
     from irprune.pipeline.manager import Instrument
+    from irprune.pipeline.manifest import Manifest
 
 EXIT_CODES = "\n\n".join(
     (
@@ -32,7 +33,7 @@ EXIT_CODES = "\n\n".join(
         "1 a fault of irprune; it comes with a traceback",
         "2 bad input: a target, pipeline, option, recipe or data that cannot be used",
         "3 cannot be done: not traceable, nothing prunable, budget out of reach, not exportable",
-        "4 a check failed: proof or parity",
+        "4 a check failed: proof, parity or a required speed-up",
         "5 the output cannot be written",
         "130 interrupted",
     )
@@ -50,8 +51,8 @@ class _Commands(TyperGroup):
         except IrpruneError as error:
             print(error, file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            print("interrupted; nothing is left behind", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            print(str(error) or "interrupted; nothing is left behind", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -72,6 +73,13 @@ Setting = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE",
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory; by default the first free runs/<target>-<n>.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what an earlier run left in DIR.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on from the last finished pass of a run that was stopped; what is done is kept for the next one."),
+]
+Require = Annotated[
+    float | None, typer.Option(metavar="X", help="Fail unless onnxruntime is surely X times faster; see the pass validate.")
+]
 Timing = Annotated[bool, typer.Option("--timing", help="Say how long each pass took.")]
 
 
@@ -94,14 +102,19 @@ def run(
     print_ir_after: Annotated[
         list[str] | None, typer.Option(metavar="PASS", help="Print the program after a pass; may be repeated.")
     ] = None,
+    require_speedup: Require = None,
     timing: Timing = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and change and write nothing.")] = False,
     force: Force = False,
+    resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a pipeline on a model and write the run directory."""
     from irprune import api
 
+    if resume and not force and out is not None and (told := api.finished(out)) is not None:
+        _show_finished(told, out, quiet=quiet)
+        return
     with _watching(quiet, print_ir_after or []) as instruments:
         done = api.run(
             target,
@@ -110,6 +123,8 @@ def run(
             out=out,
             force=force,
             dry_run=dry_run,
+            resume=resume,
+            require_speedup=require_speedup,
             instruments=instruments,
             **_loading(seed, calibration, setting),
         )
@@ -142,6 +157,7 @@ def validate(
     path: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an earlier run.")],
     target: Target,
     options: Annotated[str, typer.Option(metavar="TEXT", help="Options of the pass validate, as 'seconds=2 baseline=false'.")] = "",
+    require_speedup: Require = None,
     seed: Seed = 0,
     setting: Setting = None,
     timing: Timing = False,
@@ -151,6 +167,7 @@ def validate(
     from irprune import api
 
     with _watching(quiet) as instruments:
+        options = options if require_speedup is None else f"{options} require_speedup={require_speedup}"
         done = api.validate(path, target, options=options, instruments=instruments, **_loading(seed, None, setting))
     _show(done, timing=timing, quiet=quiet)
 
@@ -223,6 +240,35 @@ def compare(
     done = api.compare(paths, out=out)
     _console().print(comparing.table(done))
     _say([*comparing.lines(done), str(out)])
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A decoder, written with export{cache=true}.")],
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to go on from.")] = None,
+    ids: Annotated[str | None, typer.Option(metavar="N,N,...", help="The same as tokens; new tokens are printed.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Most new tokens; the end token ends it sooner.")] = 64,
+    tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="The tokenizer; by default that beside the model.")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of onnxruntime; 0: its own choice.")] = 0,
+    timing: Annotated[bool, typer.Option("--timing", help="Say how many tokens a second it wrote.")] = False,
+) -> None:
+    """Go on from a prompt by greedy decoding, in onnxruntime."""
+    from irprune import api
+
+    if (prompt is None) == (ids is None):
+        raise OptionError("a prompt is given as --prompt or as --ids", hint="give one of them")
+    try:
+        given: str | list[int] = [int(part) for part in ids.split(",")] if ids is not None else str(prompt)
+    except ValueError:
+        raise OptionError(f"'{ids}' is not a list of numbers", where="--ids") from None
+    done = api.generate(model, given, tokens=tokens, tokenizer=tokenizer, threads=threads)
+    _say([",".join(map(str, done.tokens)) if done.text is None else done.text])
+    if timing:
+        speed = done.speed
+        print(
+            f"prompt of {speed.prompt} tokens in {speed.prefill_s:.3f} s, then {speed.tokens_per_second:.1f} tokens a second",
+            file=sys.stderr,
+        )
 
 
 @app.command()
@@ -319,11 +365,11 @@ def _console(*, stderr: bool = False) -> Console:
 @contextmanager
 def _watching(quiet: bool, print_ir_after: list[str] | None = None) -> Iterator[list[Instrument]]:
     """The instruments of a command, with progress shown on a terminal."""
-    from irprune.pipeline import registry
+    from irprune.pipeline import processes, registry
     from irprune.pipeline.instruments import PrintIR, Progress
 
     console = _console(stderr=True)
-    console.quiet = quiet
+    console.quiet = quiet or not processes.leads()
     for name in print_ir_after or ():
         registry.find(name, where="--print-ir-after")
     progress = Progress(console)
@@ -355,19 +401,29 @@ def _say(lines: Any) -> None:
 def _show(done: Run, *, timing: bool, quiet: bool) -> None:
     """The end of a run: what was measured, before and after, and where it lies."""
     from irprune.pipeline.instruments import timing_table
+    from irprune.pipeline.processes import leads
     from irprune.report import tables
 
+    if not leads():
+        return
     if timing:
         _console(stderr=True).print(timing_table(done.steps))
     if quiet:
         return
-    console = _console()
     if done.plan is not None:
-        console.print(tables.plan_table(done.plan))
+        _console().print(tables.plan_table(done.plan))
         _say(tables.plan_lines(done.manifest, done.plan))
         return
     _say(tables.note_lines(done.manifest.notes, "the manifest has them"))
-    console.print(tables.run_table(done.manifest))
-    _say(tables.run_lines(done.manifest))
-    if done.path is not None:
-        _say([str(done.path)])
+    _show_finished(done.manifest, done.path, quiet=quiet)
+
+
+def _show_finished(told: Manifest, path: Path | None, *, quiet: bool) -> None:
+    from irprune.report import tables
+
+    if quiet:
+        return
+    _console().print(tables.run_table(told))
+    _say(tables.run_lines(told))
+    if path is not None:
+        _say([str(path)])

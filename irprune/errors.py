@@ -64,6 +64,12 @@ class RecipeError(IrpruneError):
     code = "recipe"
 
 
+class ResumeError(IrpruneError):
+    """An interrupted run cannot go on as asked."""
+
+    code = "resume"
+
+
 class TraceError(IrpruneError):
     """The model cannot be traced by ``torch.export``."""
 
@@ -103,6 +109,13 @@ class ParityError(IrpruneError):
     """The exported file does not compute what the program computes."""
 
     code = "parity"
+    exit_code = 4
+
+
+class SpeedError(IrpruneError):
+    """The file is not as fast as was required."""
+
+    code = "speed"
     exit_code = 4
 
 

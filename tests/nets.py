@@ -80,6 +80,13 @@ class Net(nn.Module):
             self.register_buffer(name, self._draw(*shape))
         return self.get_buffer(name)
 
+    def indices(self, count: int) -> Tensor:
+        """A buffer with a random order of so many positions."""
+        name = self._next("order")
+        if not hasattr(self, name):
+            self.register_buffer(name, torch.randperm(count, generator=self._random))
+        return self.get_buffer(name)
+
 
 def tensor(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -100,7 +107,7 @@ def masks(groups: Iterable[Group], seed: int, least: int = 1) -> dict[Var, Mask]
     rng = np.random.default_rng(seed)
     out = {}
     for group in groups:
-        count = int(rng.integers(min(least, group.size - 1), group.size))
+        count = int(rng.integers(min(max(least, group.least), group.size - 1), group.size))
         mask = np.zeros(group.size, dtype=bool)
         mask[rng.choice(group.size, count, replace=False)] = True
         out[group.var] = mask
@@ -110,7 +117,7 @@ def masks(groups: Iterable[Group], seed: int, least: int = 1) -> dict[Var, Mask]
 def few_left(groups: Iterable[Group], seed: int, count: int = 1) -> dict[Var, Mask]:
     """Masks that leave ``count`` random indices of each group."""
     rng = np.random.default_rng(seed)
-    return {group.var: rng.permutation(group.size) < count for group in groups}
+    return {group.var: rng.permutation(group.size) < max(count, group.least) for group in groups}
 
 
 def check(program: Program, keep: Mapping[Var, Mask], *, stepwise: bool = True) -> Program:

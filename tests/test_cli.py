@@ -87,9 +87,9 @@ def test_a_run_ends_with_what_it_measured(done: tuple[Path, Result]) -> None:
     manifest = Manifest.read(out)
     ratio = manifest.model.after.params / manifest.model.before.params
     assert lines[2].split() == ["parameters", "387", str(manifest.model.after.params), f"{ratio:.3f}"]
-    assert lines[-4].startswith("asked for ratio=0.4 of=params allocation=local; reached 0.")
-    assert lines[-3].startswith("proven: shapes, interface, numbers within")
-    assert lines[-2].startswith("onnxruntime agrees with torch within")
+    assert lines[-5].startswith("asked for ratio=0.4 of=params allocation=local; reached 0.")
+    assert lines[-4].startswith("proven: shapes, interface, numbers within")
+    assert lines[-3].startswith("onnxruntime agrees with torch within")
 
 
 def test_timing_and_the_program_go_to_stderr(done: tuple[Path, Result]) -> None:

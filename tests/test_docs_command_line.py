@@ -27,7 +27,7 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copy(Path(__file__).with_name("small_model.py"), "model.py")
     Path("pipeline.toml").write_text(blocks("toml")[0])
     lines = [line.removeprefix("$ irprune ") for block in blocks("console") for line in block.splitlines()]
-    assert len(lines) == 15
+    assert len(lines) == 16
     for line in lines:
         result = CliRunner().invoke(app, shlex.split(line))
         assert result.exit_code == 0, f"{line}\n{result.output}"

@@ -52,3 +52,33 @@ def on_meta(shape: str) -> tuple[nn.Module, dict[str, Any]]:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], use_cache=False)).eval()
         return model, {"input_ids": torch.zeros(2, 16, dtype=torch.long)}
+
+
+class Bottleneck(nn.Module):
+    """A residual block of 1 x 1, 3 x 3 and 1 x 1 convolutions (He et al. 2016; the stride is in the 3 x 3, as torchvision has it)."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        out = 4 * width
+        self.conv1, self.bn1 = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, out, 1, bias=False), nn.BatchNorm2d(out)
+        same = channels == out and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn1(self.conv1(x)).relu()
+        y = self.bn2(self.conv2(y)).relu()
+        return (self.bn3(self.conv3(y)) + self.shortcut(x)).relu()
+
+
+def resnet50(classes: int = 1000) -> nn.Module:
+    """The shape of ResNet-50 (25.6 M parameters, 4.1 G multiply-accumulates at 224 x 224), with random weights."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    channels = 64
+    for width, count, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for number in range(count):
+            layers.append(Bottleneck(channels, width, stride if number == 0 else 1))
+            channels = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)).eval()

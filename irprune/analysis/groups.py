@@ -6,17 +6,20 @@ import fnmatch
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx
 
 from irprune.analysis.cost import Cost
-from irprune.ir.dims import Freeze, Var, index_maps, resolve, variables
+from irprune.ir.dims import Freeze, Term, Var, index_maps, resolve, term_size, variables
 from irprune.ir.facts import Group, Groups, Member, Role
 from irprune.ir.program import Axes, Program, Types
 from irprune.rules.registry import op_name
 
-KINDS = ("heads", "query_heads", "head_dim", "experts", "norm_groups", "residual", "conv", "ffn", "other")
+KINDS = ("vocabulary", "positions", "heads", "query_heads", "head_dim", "experts", "norm_groups", "residual", "conv", "ffn", "other")
 
 
 @dataclass
@@ -41,9 +44,11 @@ def discover(program: Program, freeze: Sequence[str] = ()) -> Groups:
     """
     types = program.typing
     found: dict[Var, _Found] = {}
-    _members(program, found)
-    _walk(program, found)
+    derived = derived_values(program)
+    _members(program, found, derived)
+    _walk(program, found, derived)
     cost = Cost(program)
+    least = _least(types)
     user = {
         var: Freeze("user", f"{tensor} is named to stay whole")
         for tensor, node in program.holders.items()
@@ -78,10 +83,32 @@ def discover(program: Program, freeze: Sequence[str] = ()) -> Groups:
                 mixers=tuple(dict.fromkeys(info.mixers)),
                 params_per_index=params,
                 macs_per_index=macs,
-                frozen=var.frozen or user.get(var) or (Freeze("single", "it has one index only") if var.size == 1 else None),
+                frozen=var.frozen or user.get(var) or _whole(var.size, least.get(var, 1)),
+                least=least.get(var, 1),
             )
         )
     return Groups(tuple(groups))
+
+
+def _least(types: Types) -> dict[Var, int]:
+    """How many indices of a variable must stay for every choice among its positions to have enough."""
+    out: dict[Var, int] = {}
+    for term, count in types.least:
+        term = resolve(term)
+        if not term:
+            continue
+        minor = term_size(term[1:])
+        for var in variables(term[:1]):
+            if isinstance(minor, int):
+                out[var] = max(out.get(var, 1), min(-(-count // minor), int(var.size)))
+    return out
+
+
+def _whole(size: int, least: int) -> Freeze | None:
+    """Why all indices stay, if they must."""
+    if size == 1:
+        return Freeze("single", "it has one index only")
+    return Freeze("chosen", f"{least} of its positions are chosen, and it has no more") if size <= least else None
 
 
 def _key(program: Program, var: Var, first: Member) -> str:
@@ -94,10 +121,10 @@ def _key(program: Program, var: Var, first: Member) -> str:
 # -- members ---------------------------------------------------------------------------------------
 
 
-def _members(program: Program, found: dict[Var, _Found]) -> None:
+def _members(program: Program, found: dict[Var, _Found], derived: set[fx.Node]) -> None:
     """Parameter and buffer axes by variable, with their roles, in order of first use."""
     types = program.typing
-    derived = derived_values(program)
+    maps: dict[tuple[Term, Var], tuple[npt.NDArray[np.int64], ...]] = {}
     contracted = {(event.node, event.operand, event.axis) for event in types.events if event.how == "contract"}
     positions = {node: i for i, node in enumerate(program.nodes)}
     members: list[tuple[Var, Member]] = []
@@ -113,18 +140,37 @@ def _members(program: Program, found: dict[Var, _Found]) -> None:
                 if not isinstance(var.size, int):
                     continue
                 role = _role(types, var, (holder, axis), uses, contracted, derived)
-                members.append((var, Member(tensor, axis, role, tuple(index_maps(term, var)), order)))
+                if (term, var) not in maps:
+                    maps[term, var] = tuple(index_maps(term, var))
+                members.append((var, Member(tensor, axis, role, maps[term, var], order)))
     for var, member in sorted(members, key=lambda item: (item[1].order, item[1].tensor, item[1].axis)):
         found.setdefault(var, _Found()).members.append(member)
 
 
+LOOKUPS = frozenset({"aten::index", "aten::index_select", "aten::embedding", "aten::gather"})
+
+
 def derived_values(program: Program) -> set[fx.Node]:
-    """Values that depend on parameters, constants or sizes only (a transposed weight, an initial state)."""
+    """Values that are made of weights: a transposed weight, an initial state, the matrices of chosen experts.
+
+    They depend on parameters, constants or sizes only, or on which whole matrices of a stack of them an input chooses
+    (chosen vectors, as the rows of an embedding, are activations).
+    """
     out: set[fx.Node] = set()
     for node in program.nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and all(o in out or _is_size(o) for o in node.all_input_nodes)):
+        if node.op == "call_function":
+            made = all(o in out or _is_size(o) for o in node.all_input_nodes)
+            made = made or (op_name(node.target) in LOOKUPS and node.args[0] in out and _rank(node.args[0]) > 2)
+        else:
+            made = node.op == "get_attr"
+        if made:
             out.add(node)
     return out
+
+
+def _rank(node: Any) -> int:
+    held = node.meta.get("val")
+    return held.ndim if isinstance(held, torch.Tensor) else 0
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -184,7 +230,7 @@ def _vars(axes: Axes | list[Axes | None] | None) -> set[Var]:
 # -- traits ----------------------------------------------------------------------------------------
 
 
-def _walk(program: Program, found: dict[Var, _Found]) -> None:
+def _walk(program: Program, found: dict[Var, _Found], derived: set[fx.Node]) -> None:
     """Carriers, mixers and the traits that decide the kind of each variable."""
     types = program.typing
     held: dict[fx.Node, set[Var]] = {}
@@ -205,7 +251,9 @@ def _walk(program: Program, found: dict[Var, _Found]) -> None:
         for var in mixed:
             if var in found:
                 found[var].mixers.append(event.node)
-    derived = derived_values(program)
+    for kind, rows in types.unlocked.items():
+        for var in {var for term in rows for var in variables(resolve(term))} & found.keys():
+            found[var].traits.add(kind)
     for (name, key), term in types.notes.items():
         for var in set(variables(resolve(term))):
             if var not in found:
@@ -217,6 +265,8 @@ def _walk(program: Program, found: dict[Var, _Found]) -> None:
                 found[var].traits.add("heads")
             elif key in ("head_dim", "value_dim"):
                 found[var].traits.add("head_dim")
+            elif key in ("chosen", "classes"):
+                found[var].traits.add("experts")
             elif key == "groups" and "group_norm" in op:
                 found[var].traits.add("norm_groups")
     _products(program, found, held, derived)
@@ -285,12 +335,30 @@ def _source(node: fx.Node) -> fx.Node:
 def _kind(info: _Found) -> str:
     """The kind that the traits say, the most telling first."""
     traits = info.traits
+    for kind in ("vocabulary", "positions"):
+        if kind in traits:
+            return kind
+    if "experts" in traits:
+        return "experts"
     if "heads" in traits:
         return "query_heads" if "repeated" in traits else "heads"
     for kind in ("head_dim", "norm_groups", "residual", "conv", "ffn"):
         if kind in traits:
             return kind
     return "other"
+
+
+def kept_by(groups: Groups) -> dict[str, frozenset[str]]:
+    """What each operation costs that freezes: its name to the tensors that no group but those it froze holds.
+
+    A tensor counts for the operation that decided first; one with a prunable axis counts for none.
+    """
+    free = {member.tensor for group in groups.prunable for member in group.members}
+    found: dict[str, set[str]] = {}
+    for group in groups:
+        if group.frozen is not None and group.frozen.node is not None:
+            found.setdefault(group.frozen.node, set()).update(m.tensor for m in group.members if m.tensor not in free)
+    return {node: frozenset(tensors) for node, tensors in found.items()}
 
 
 def summary(groups: Iterable[Group]) -> dict[str, int]:

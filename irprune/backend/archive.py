@@ -60,7 +60,7 @@ def to_exported(program: Program) -> ExportedProgram:
     graph.output_node().args = (tuple(results),)
     outputs = [_argument(result, result.meta["val"]) if isinstance(result, fx.Node) else ConstantArgument("", result) for result in results]
     call = ModuleCallSignature(list(users), list(outputs), in_spec, out_spec, list(codegen.pytree_info.orig_args))
-    return ExportedProgram(
+    exported = ExportedProgram(
         root={},
         graph=graph,
         graph_signature=ExportGraphSignature(inputs, [OutputSpec(OutputKind.USER_OUTPUT, arg, None) for arg in outputs]),
@@ -70,6 +70,9 @@ def to_exported(program: Program) -> ExportedProgram:
         example_inputs=pytree.tree_unflatten(leaves, in_spec),
         verifiers=[TrainingIRVerifier],
     )
+    # They speak of the traced call's arguments by names that a rewritten graph need not have.
+    exported._guards_code = []
+    return exported
 
 
 def _argument(node: fx.Node, value: Any) -> TensorArgument | SymIntArgument | ConstantArgument:
@@ -98,13 +101,14 @@ def _lift(program: Program, graph: fx.Graph) -> list[InputSpec]:
 
 
 def _ranges(graph: fx.Graph) -> dict[Any, Any]:
-    """The range of every symbol in the shapes of the inputs."""
-    out = {}
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta["val"]
-        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
-            for symbol in free_symbols(value):
-                out[symbol] = value.fake_mode.shape_env.var_to_range[symbol]
+    """The range of every symbol in the shapes: of the inputs' dynamic axes and of sizes that are computed from contents."""
+    out: dict[Any, Any] = {}
+    for node in graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            held = value.fake_mode if isinstance(value, FakeTensor) else getattr(value, "node", None)
+            if held is not None and held.shape_env is not None:
+                for symbol in free_symbols(value) - out.keys():
+                    out[symbol] = held.shape_env.var_to_range[symbol]
     return out
 
 

@@ -14,7 +14,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 import irprune
 from irprune.backend.archive import to_exported
+from irprune.backend.onnx_ops import translations
 from irprune.errors import ExportError, IrpruneError
 from irprune.ir.facts import Note
 from irprune.ir.program import Program, location
@@ -35,6 +36,7 @@ from irprune.pipeline.files import atomic
 if TYPE_CHECKING:
     import onnx_ir
 
+Precision = Literal["float32", "float16"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # A protobuf message ends at 2 GiB; an eighth of a GiB is left for the graph itself.
@@ -53,6 +55,10 @@ class OnnxFile(Note):
         outputs: Name to shape of each output.
         size_bytes: Size of the model file with its external data.
         external: Names of the files beside it that hold its weights.
+        cache: It is a decoder with a key-value cache (:mod:`irprune.backend.cache`).
+        precision: What it computes in.
+        quantised: The same with weights in eight bits, a file beside it.
+        computes: The program and the program with a cache that was made of it, for those who compare the two.
     """
 
     path: Path
@@ -61,18 +67,35 @@ class OnnxFile(Note):
     outputs: Mapping[str, tuple[int | str, ...]]
     size_bytes: int
     external: tuple[str, ...] = ()
+    cache: bool = False
+    precision: Precision = "float32"
+    quantised: OnnxFile | None = None
+    computes: tuple[Program, Any] | None = field(default=None, repr=False, compare=False)
+
+    def described(self) -> dict[str, Any]:
+        """All but the programs, as plain data."""
+        return {
+            "file": self.path.name,
+            "opset": self.opset,
+            "inputs": {name: list(shape) for name, shape in self.inputs.items()},
+            "outputs": {name: list(shape) for name, shape in self.outputs.items()},
+            "size_bytes": self.size_bytes,
+            "external_data": list(self.external),
+            "cache": self.cache,
+            "precision": self.precision,
+            **({"int8": self.quantised.described()} if self.quantised is not None else {}),
+        }
+
+    @classmethod
+    def read(cls, folder: Path, said: Mapping[str, Any]) -> OnnxFile:
+        """The file that a manifest describes."""
+        quantised = cls.read(folder, said["int8"]) if "int8" in said else None
+        cache, precision = said.get("cache", False), said.get("precision", "float32")
+        path, external = folder / said["file"], tuple(said["external_data"])
+        return cls(path, said["opset"], said["inputs"], said["outputs"], said["size_bytes"], external, cache, precision, quantised)
 
     def manifest(self) -> dict[str, Any]:
-        return {
-            "onnx": {
-                "file": self.path.name,
-                "opset": self.opset,
-                "inputs": {name: list(shape) for name, shape in self.inputs.items()},
-                "outputs": {name: list(shape) for name, shape in self.outputs.items()},
-                "size_bytes": self.size_bytes,
-                "external_data": list(self.external),
-            }
-        }
+        return {"onnx": self.described()}
 
 
 @dataclass(frozen=True)
@@ -180,7 +203,9 @@ def convert(program: Program, *, opset: int | None = None, optimize: bool = True
     with _quiet():
         flat = flattened(program, Signature.of(program))
         try:
-            written = torch.onnx.export(to_exported(flat), verbose=False, optimize=False, opset_version=opset)
+            written = torch.onnx.export(
+                to_exported(flat), verbose=False, optimize=False, opset_version=opset, custom_translation_table=translations(flat.nodes)
+            )
             assert written is not None
             transposed = _transposed_weights(written.model)
             if optimize:
@@ -274,7 +299,9 @@ def flattened(program: Program, signature: Signature) -> Program:
     kept = [position for position, argument in enumerate(signature.arguments) if not argument.fixed]
     example: Call = (tuple(values[position] for position in kept), {})
     out_spec = pytree.tree_structure(signature.outputs)
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(signature.inputs), pytree.tree_structure(example), out_spec)))
+    # Names of an ONNX file need be no names of Python.
+    parameters = [node.name for node in graph.find_nodes(op="placeholder")]
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(parameters, pytree.tree_structure(example), out_spec)))
     interface = dataclasses.replace(
         program.interface,
         example=example,

@@ -24,7 +24,7 @@ from irprune.analysis.cost import hints
 from irprune.backend.rewrite import Shrink, shape_of
 from irprune.errors import ProofError
 from irprune.ir.dims import Mask, Size, Var, as_size
-from irprune.ir.program import Event, Program, location
+from irprune.ir.program import Event, Program, Runner, location
 from irprune.rules.registry import bind, op_name, registry
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -70,7 +70,7 @@ def _call(target: Any, bound: dict[str, Any]) -> Any:
     return target(*positional, **keyword)
 
 
-class Run(fx.Interpreter):
+class Run(Runner):
     """A program on its flat inputs.
 
     Args:
@@ -79,24 +79,37 @@ class Run(fx.Interpreter):
     """
 
     def __init__(self, program: Program, wide: bool = False) -> None:
-        super().__init__(program.module)
+        super().__init__(program)
         self.wide = wide
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        value = super().get_attr(target, args, kwargs).detach()
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        value = super().tensor(name, start, stop)
         return value.to(widened(value.dtype)) if self.wide else value
 
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return super().call_function(target, *self.arguments(args, kwargs))
-
     def arguments(self, args: Any, kwargs: Any) -> Any:
-        """A call's arguments, dtypes widened."""
+        args, kwargs = super().arguments(args, kwargs)
         return pytree.tree_map(widened, (args, kwargs)) if self.wide else (args, kwargs)
 
 
 def widened(value: Any) -> Any:
     """float32 for a dtype of half precision; anything else is returned as it is."""
     return torch.float32 if value in (torch.float16, torch.bfloat16) and isinstance(value, torch.dtype) else value
+
+
+class Double(Run):
+    """A program computed in float64: next to this, its own results show how much rounding they hold."""
+
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        value = super().tensor(name, start, stop)
+        return value.double() if value.is_floating_point() else value
+
+    def arguments(self, args: Any, kwargs: Any) -> Any:
+        args, kwargs = super().arguments(args, kwargs)
+
+        def double(value: Any) -> Any:
+            return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+        return pytree.tree_map(double, (args, kwargs))
 
 
 def may_widen(program: Program, flat: list[Any]) -> bool:
@@ -118,23 +131,35 @@ class Masked(Run):
             if self._shrink.touched(program.typing.of(event.operand)[event.axis]):
                 self._events.setdefault(event.node, []).append(event)
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        tensor = super().get_attr(target, args, kwargs)
-        if tensor.is_floating_point():
-            for dim, term in enumerate(self._shrink.types.of(self._holders[target].name)):
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        tensor = super().tensor(name, start, stop)
+        if tensor.is_floating_point() or tensor.is_complex():
+            shape = self.program.tensors[name].shape
+            for dim, term in enumerate(self._shrink.types.of(self._holders[name].name)):
                 if self._shrink.touched(term):
-                    tensor = torch.where(self._along(tensor, dim, term), tensor, 0)
+                    rows = slice(start, stop) if dim == 0 else slice(None)
+                    tensor = torch.where(self._along(tensor, dim, self._shrink.mask(term, shape[dim])[rows]), tensor, 0)
         return tensor
 
-    def _along(self, tensor: torch.Tensor, dim: int, term: Any) -> torch.Tensor:
+    @staticmethod
+    def _along(tensor: torch.Tensor, dim: int, mask: Mask) -> torch.Tensor:
         shape = [1] * tensor.ndim
         shape[dim] = -1
-        return torch.from_numpy(self._shrink.mask(term, tensor.shape[dim])).to(tensor.device).reshape(shape)
+        return torch.from_numpy(mask).to(tensor.device).reshape(shape)
 
     def run_node(self, n: fx.Node) -> Any:
         events = self._events.get(n.name)
         if not events:
             return super().run_node(n)
+        large = self._large(n) if all(event.how == "contract" for event in events) else None
+        if large is not None and self.env[large] is None:
+            # The weight is masked as it is read.
+            events = [event for event in events if event.operand != large.name]
+            return self._masked(n, events) if events else super().run_node(n)
+        with self.loaded(n):
+            return self._masked(n, events)
+
+    def _masked(self, n: fx.Node, events: list[Event]) -> Any:
         env = dict(self.env)
         try:
             for event in events:
@@ -142,9 +167,8 @@ class Masked(Run):
                     operand = next(node for node in n.all_input_nodes if node.name == event.operand)
                     value = self.env[operand]
                     term = self._shrink.types.of(event.operand)[event.axis]
-                    self.env[operand] = torch.where(
-                        self._along(value, event.axis, term), value, torch.zeros((), dtype=value.dtype, device=value.device)
-                    )
+                    along = self._along(value, event.axis, self._shrink.mask(term, value.shape[event.axis]))
+                    self.env[operand] = torch.where(along, value, torch.zeros((), dtype=value.dtype, device=value.device))
             if all(event.how == "contract" for event in events):
                 return super().run_node(n)
             rule = registry().find(n.target)
@@ -216,8 +240,8 @@ def prove(before: Program, after: Program, keep: Mapping[Var, Mask], *, seed: in
     shrink = Shrink(before.typing, keep)
     values = fake_values(after)
     prove_shapes(before, after, shrink, values)
-    prove_interface(before, after, values)
-    if any(tensor.is_meta for tensor in before.tensors.values()):
+    prove_interface(before, after, values, shrink)
+    if not before.has_data:
         return {"shapes": True, "interface": True, "numbers": {"max_abs_err": None, "tolerance": None, "skipped": "no weights"}}
     return {"shapes": True, "interface": True, "numbers": prove_numbers(before, after, keep, seed=seed)}
 
@@ -268,26 +292,36 @@ def fake_values(program: Program) -> dict[str, Any]:
     """Every value of a program by name, from running it on tensors without data.
 
     Dynamic axes have the sizes of the example inputs: shapes are then found quickly, and a size that
-    the trace left open is an expression in those. Where shapes depend on contents, they stay symbols.
+    the trace left open is an expression in those. Where shapes depend on contents, the program is run
+    on the example inputs; without weights to run on, such sizes stay symbols.
 
     Raises:
         ProofError: An operation does not accept its operands.
     """
     args, kwargs = program.interface.example
+    inputs = [_placed(program, value) if isinstance(value, torch.Tensor) else value for value in flat_inputs(program, args, kwargs)]
     with FakeTensorMode() as mode:
-        flat = [mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in flat_inputs(program, args, kwargs)]
+        flat = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in inputs]
         try:
-            return _run_fake(program, flat)
+            return _run_nodes(program, flat)
         except (DataDependentOutputException, DynamicOutputShapeException):
             pass
+    if not any(tensor.is_meta for tensor in program.tensors.values()):
+        return _run_nodes(program, flat_inputs(program, args, kwargs), real=True)
     placeholders = [node.meta.get("val") for node in program.nodes if node.op == "placeholder"]
     symbolic = next(v.fake_mode for v in placeholders if isinstance(v, FakeTensor))
     assert symbolic.shape_env is not None
     with symbolic, symbolic.shape_env.suppress_guards(), enable_python_dispatcher():
-        return _run_fake(program, placeholders)
+        return _run_nodes(program, placeholders)
 
 
-def _run_fake(program: Program, flat: list[Any]) -> dict[str, Any]:
+def _placed(program: Program, value: torch.Tensor) -> torch.Tensor:
+    """An input where the program's tensors are."""
+    return value if program.source is None else torch.empty_like(value, device="meta")
+
+
+def _run_nodes(program: Program, flat: list[Any], real: bool = False) -> dict[str, Any]:
+    """Every value by name: of tensors without data, or with ``real`` of the weights in memory."""
     values: dict[str, Any] = {}
     inputs = iter(flat)
     with torch.no_grad():
@@ -296,7 +330,7 @@ def _run_fake(program: Program, flat: list[Any]) -> dict[str, Any]:
                 values[node.name] = next(inputs)
             elif node.op == "get_attr":
                 tensor = program.tensors[str(node.target)]
-                values[node.name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                values[node.name] = tensor if real else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n.name])
                 try:
@@ -312,8 +346,8 @@ def _run_fake(program: Program, flat: list[Any]) -> dict[str, Any]:
     return values
 
 
-def prove_interface(before: Program, after: Program, values: Mapping[str, Any]) -> None:
-    """Inputs and outputs are the same in number, order, name, size and dtype."""
+def prove_interface(before: Program, after: Program, values: Mapping[str, Any], shrink: Shrink | None = None) -> None:
+    """Inputs and outputs are the same in number, order, name, size and dtype; axes that the user unlocked are as planned."""
     known = hints(before)
     for kind in ("placeholder", "output"):
         old, new = ([n for n in p.nodes if n.op == kind] for p in (before, after))
@@ -328,6 +362,9 @@ def prove_interface(before: Program, after: Program, values: Mapping[str, Any]) 
             if not isinstance(u, torch.Tensor) or not isinstance(v, torch.Tensor):
                 continue
             was, now = ([_concrete(size, known) for size in shape_of(t)] for t in (u, v))
+            axes = before.typing.axes.get(a.name)
+            if shrink is not None and before.typing.unlocked and isinstance(axes, tuple):
+                was = [_concrete(shrink.size(term), known) if shrink.touched(term) else size for size, term in zip(was, axes, strict=True)]
             if not _fit(was, now) or u.dtype != v.dtype:
                 raise ProofError(f"{kind} %{a.name} changed from {u.dtype} {was} to {v.dtype} {now}")
 
@@ -346,11 +383,13 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
     flat = _varied(flat_inputs(before, args, kwargs), seed)
     wide = may_widen(before, flat)
     flat = [value.to(widened(value.dtype)) if wide and isinstance(value, torch.Tensor) else value for value in flat]
+    flat, renumbered = renumber(before, keep, flat)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         reference = _flat_tensors(Masked(before, keep, wide).run(*flat, enable_io_processing=False))
         torch.manual_seed(seed)
-        result = _flat_tensors(Run(after, wide).run(*flat, enable_io_processing=False))
+        result = _flat_tensors(Run(after, wide).run(*renumbered, enable_io_processing=False))
+    reference = _unlocked_parts(before, keep, reference)
     worst, scale, allowed = 0.0, 1.0, TOLERANCE[torch.float32]
     for number, (value, expected) in enumerate(zip(result, reference, strict=True)):
         if expected.is_floating_point() and expected.numel() and bool(expected.isnan().all()):
@@ -364,7 +403,7 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
         if gap.relative > tolerance:
             raise ProofError(
                 f"output {number} differs from the masked original by {gap.max_abs:.3g} (largest value {gap.scale:.3g}, "
-                f"allowed {tolerance * gap.scale:.3g}); {locate(before, after, keep, flat, seed, wide)}",
+                f"allowed {tolerance * gap.scale:.3g}); {locate(before, after, keep, flat, seed, wide, renumbered)}",
                 where="validation",
                 hint="the program is left as it was; an op rule is wrong: report this with the model",
             )
@@ -401,7 +440,50 @@ def flat_inputs(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, An
     return list(pytree.tree_leaves((args, dict(kwargs))))
 
 
-def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list[Any], seed: int, wide: bool = False) -> str:
+def renumber(before: Program, keep: Mapping[Var, Mask], flat: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Inputs for the program before and after its vocabulary was cut: ids that stay, as they were and numbered anew.
+
+    An id that is gone is replaced by one that stays. Without a cut both are the inputs as they are.
+    """
+    types = before.typing
+    rows = types.unlocked.get("vocabulary", ())
+    shrink = Shrink(types, keep)
+    if not rows or not shrink.touched(rows[0]):
+        return flat, flat
+    names = [node.name for node in before.nodes if node.op == "placeholder"]
+    mask = torch.from_numpy(shrink.mask(rows[0]))
+    old, new = list(flat), list(flat)
+    at = names.index(str(types.ids))
+    left, ids = mask.nonzero()[:, 0].to(flat[at].device), flat[at]
+    ids = torch.where(mask.to(ids.device)[ids], ids, left[ids % len(left)].to(ids.dtype))
+    old[at], new[at] = ids, torch.searchsorted(left, ids.contiguous()).to(ids.dtype)
+    return old, new
+
+
+def _unlocked_parts(before: Program, keep: Mapping[Var, Mask], outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What is left of each output where the user let an axis of it be cut."""
+    types = before.typing
+    if not types.unlocked:
+        return outputs
+    shrink = Shrink(types, keep, hints(before))
+    leaves = [leaf for node in before.nodes if node.op == "output" for leaf in pytree.tree_leaves(node.args[0])]
+    nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node) and isinstance(leaf.meta.get("val"), torch.Tensor)]
+    return [shrink.slice(value, types.of(node.name)) for node, value in zip(nodes, outputs, strict=True)]
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def locate(
+    before: Program,
+    after: Program,
+    keep: Mapping[Var, Mask],
+    flat: list[Any],
+    seed: int,
+    wide: bool = False,
+    renumbered: list[Any] | None = None,
+) -> str:
     """The first operation at which the two runs part, in words."""
     shrink = Shrink(before.typing, keep, hints(before))
     values: dict[str, Any] = {}
@@ -419,13 +501,16 @@ def locate(before: Program, after: Program, keep: Mapping[Var, Mask], flat: list
         record(Masked)(before, keep, wide).run(*flat, enable_io_processing=False)  # type: ignore[call-arg, arg-type]
         full, values = values, {}
         torch.manual_seed(seed)
-        record(Run)(after, wide).run(*flat, enable_io_processing=False)
+        record(Run)(after, wide).run(*(flat if renumbered is None else renumbered), enable_io_processing=False)
+    ids = {node.name for node in before.nodes if before.typing.unlocked and not _is_float(node.meta.get("val"))}
     for node in after.nodes:
         axes = before.typing.axes.get(node.name)
         value, expected = values.get(node.name), full.get(node.name)
-        if not isinstance(axes, tuple) or not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        if not isinstance(axes, tuple) or not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor) or node.name in ids:
             continue
         expected = shrink.slice(expected, axes)
+        if (node.name, 0) in before.typing.points:
+            expected = shrink.renumbered(expected, before.typing.points[node.name, 0])
         if expected.shape != value.shape:
             return f"they part at %{node.name}: shapes {list(expected.shape)} and {list(value.shape)}"
         gap = difference(value, expected)

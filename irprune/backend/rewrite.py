@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import hashlib
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import sympy
 import torch
 from torch import fx
@@ -16,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from irprune.ir.dims import Mask, Size, Term, Var, as_size, kept_size, mask_of, resolve, term_size, variables
-from irprune.ir.program import Axes, Program, Types, set_tensor
-from irprune.rules.infer import UNIFORM, typed
+from irprune.ir.program import Axes, Program, Runner, Source, Types
+from irprune.rules.infer import UNIFORM, inferred
 from irprune.rules.registry import bind, op_name, registry
 
 
@@ -35,9 +40,14 @@ class Shrink:
         self._known = known or {}
         self.keep = {var: mask for var, mask in keep.items() if not mask.all()}
         self.counts = {var: int(mask.sum()) for var, mask in self.keep.items()}
+        self._touched: dict[Term, bool] = {}
+        self._shares: dict[Term, tuple[int, int]] = {}
 
     def touched(self, term: Term) -> bool:
-        return any(var in self.keep for var in variables(resolve(term)))
+        found = self._touched.get(term)
+        if found is None:
+            found = self._touched[term] = any(var in self.keep for var in variables(resolve(term)))
+        return found
 
     def any(self, axes: Axes | list[Axes | None] | None) -> bool:
         if isinstance(axes, list):
@@ -62,16 +72,79 @@ class Shrink:
 
     def share(self, term: Term) -> tuple[int, int]:
         """What is kept of an axis as a fraction: ``(kept, whole)`` in lowest terms, without its dynamic factors."""
-        share = sympy.cancel(sympy.sympify(self.size(term)) / term_size(resolve(term)))
-        return int(share.p), int(share.q)
+        found = self._shares.get(term)
+        if found is None:
+            kept, whole = self.size(term), term_size(resolve(term))
+            if isinstance(kept, int) and isinstance(whole, int):
+                found = Fraction(kept, whole).as_integer_ratio()
+            else:
+                share = sympy.cancel(sympy.sympify(kept) / whole)
+                found = int(share.p), int(share.q)
+            self._shares[term] = found
+        return found
+
+    def positions(self, term: Term, length: int) -> npt.NDArray[np.int64] | None:
+        """The kept positions of an axis; ``None`` where all stay."""
+        return np.flatnonzero(self.mask(term, length)) if self.touched(term) else None
 
     def slice(self, tensor: torch.Tensor, axes: Axes) -> torch.Tensor:
         """The kept part of a tensor; the tensor itself where nothing is removed."""
         for dim, term in enumerate(axes):
-            if self.touched(term):
-                index = torch.from_numpy(np.flatnonzero(self.mask(term, tensor.shape[dim]))).to(tensor.device)
-                tensor = tensor.index_select(dim, index)
+            kept = self.positions(term, tensor.shape[dim])
+            if kept is not None:
+                tensor = tensor.index_select(dim, torch.from_numpy(kept).to(tensor.device))
         return tensor
+
+    def renumbered(self, numbers: torch.Tensor, term: Term) -> torch.Tensor:
+        """Positions along an axis as they are counted when only the kept ones are left."""
+        if not self.touched(term):
+            return numbers
+        order = torch.from_numpy(np.cumsum(self.mask(term)) - 1).to(numbers.device)
+        return order[numbers.long()].to(numbers.dtype)
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """The kept part of tensors of another source.
+
+    Attributes:
+        of: The source.
+        kept: Name to one array of kept positions per axis, ``None`` where all stay.
+        held: Tensors that the other source does not have.
+    """
+
+    of: Source
+    kept: Mapping[str, tuple[npt.NDArray[np.int64] | None, ...]]
+    held: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows of the kept part of a tensor; no more rows of the whole are read than lie between them."""
+        if name in self.held:
+            return self.held[name] if start == 0 and stop is None else self.held[name][start:stop]
+        rows, *others = self.kept.get(name, (None,))
+        if rows is None:
+            tensor = self.of.read(name, start, stop)
+        else:
+            wanted = rows[start:stop]
+            first, last = (int(wanted[0]), int(wanted[-1]) + 1) if len(wanted) else (0, 0)
+            tensor = self.of.read(name, first, last)
+            if len(wanted) != last - first:
+                tensor = tensor.index_select(0, torch.from_numpy(wanted - first))
+        for axis, positions in enumerate(others, 1):
+            if positions is not None:
+                tensor = tensor.index_select(axis, torch.from_numpy(positions))
+        return tensor
+
+    def has(self, name: str) -> bool:
+        return name in self.held or self.of.has(name)
+
+    def identity(self) -> str:
+        digest = hashlib.sha256(self.of.identity().encode())
+        for name, kept in sorted(self.kept.items()):
+            digest.update(name.encode() + b"".join(b"-" if one is None else one.tobytes() for one in kept))
+        for name, tensor in sorted(self.held.items()):
+            digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 class Resize:
@@ -83,6 +156,7 @@ class Resize:
         self._shrink = shrink
         self._bound = bind(old.target, old.args, dict(old.kwargs))
         self._now = bind(node.target, node.args, dict(node.kwargs))
+        self.constants: list[tuple[fx.Node, torch.Tensor]] = []
 
     # -- reading
 
@@ -107,6 +181,10 @@ class Resize:
     def operand_size(self, name: str, dim: int) -> Size:
         """Size of an operand's axis after removal."""
         return self._shrink.size(self._operand(name)[dim])
+
+    def shrinks(self, name: str, dim: int) -> bool:
+        """Whether an operand's axis loses positions."""
+        return self._shrink.touched(self._operand(name)[dim])
 
     def position(self, name: str, dim: int, index: int) -> int:
         """Where a boundary of an operand's axis lies after removal."""
@@ -178,9 +256,32 @@ class Resize:
         self._node.kwargs = {}
         self._now = dict(arguments)
 
+    def repick(self) -> bool:
+        """Choose from the first operand's axis what is left of the positions that the call chose.
+
+        The call becomes an ``index_select`` by a constant.
+
+        Returns:
+            Whether the call chooses positions of an axis that may shrink.
+        """
+        if self._old.name not in self._shrink.types.picks:
+            return False
+        dim, positions = self._shrink.types.picks[self._old.name]
+        operand = self._old.all_input_nodes[0]
+        source = self._shrink.types.of(operand.name)[dim]
+        if not self._shrink.touched(source):
+            return True
+        mask = self._shrink.mask(source)
+        left = np.array([i for i in positions if mask[i]], dtype=np.int64)
+        index = torch.from_numpy((np.cumsum(mask) - 1)[left])
+        self.constants.append((self._node, index))
+        arguments = {"self": self._node.args[0], "dim": dim, "index": None}
+        self.retarget(torch.ops.aten.index_select.default, ("self", "dim", "index"), arguments)
+        return True
+
 
 def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
-    """The program without the removed indices, typed.
+    """The program without the removed indices. Its types are inferred when somebody asks for them.
 
     Args:
         program: A typed program. It is not changed; untouched tensors are shared.
@@ -201,25 +302,45 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
             continue
         if shrink.any(types.axes.get(old.name)) or any(shrink.any(types.axes.get(operand.name)) for operand in old.all_input_nodes):
             touched.append(node)
+    indices: list[tuple[fx.Node, torch.Tensor]] = []
     for node in touched:
         entry = registry().find(node.target)
         if entry is not None and entry.resize is not None:
             rw = Resize(node, old_nodes[node.name], shrink)
             entry.resize(rw, **bind(node.target, node.args, dict(node.kwargs)))
-    new = program.with_graph(graph)
-    _slice_constants(program, new, shrink)
+            indices += rw.constants
+    made = _slice_constants(program, graph, shrink)
+    for number, (node, index) in enumerate(indices):
+        name = _free_name(program.module, f"_index_{number}")
+        made[name] = index if program.source is not None else index.to(_device(node))
+        with graph.inserting_before(node):
+            node.update_arg(2, graph.create_node("get_attr", name))
+    tensors = made if program.source is None else {name: tensor.to("meta") for name, tensor in made.items()}
+    kept: dict[str, tuple[npt.NDArray[np.int64] | None, ...]] = {}
     for name, node in program.holders.items():
-        sliced = shrink.slice(program.tensors[name].detach(), types.of(node.name))
-        if sliced.shape != program.tensors[name].shape:
-            set_tensor(new.module, name, sliced.contiguous())
-    new.module.graph.eliminate_dead_code()
-    new.module.recompile()
+        old_tensor, axes = program.tensors[name], types.of(node.name)
+        sliced = shrink.slice(old_tensor.detach(), axes)
+        if sliced.shape == old_tensor.shape:
+            tensors[name] = old_tensor
+            continue
+        kept[name] = tuple(shrink.positions(term, size) for term, size in zip(axes, old_tensor.shape, strict=True))
+        if isinstance(old_tensor, torch.nn.Parameter):
+            tensors[name] = torch.nn.Parameter(sliced.contiguous(), requires_grad=old_tensor.requires_grad)
+        else:
+            tensors[name] = sliced.contiguous()
+    graph.eliminate_dead_code()
+    # Code is generated once, when the graph is as it will be.
+    module = fx.GraphModule(tensors, graph)
+    module.training = program.module.training
+    source = None if program.source is None else Sliced(program.source, kept, made)
+    new = dataclasses.replace(program, module=module, types=None, infer=inferred, source=source)
     _describe(program, new, shrink)
-    return typed(new)
+    return new
 
 
-def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
-    """Compute constants that are or read a shrunk value, once, and keep the wanted part as a buffer."""
+def _slice_constants(program: Program, graph: fx.Graph, shrink: Shrink) -> dict[str, torch.Tensor]:
+    """Compute constants that are or read a shrunk value, once, and put buffers with the wanted part in their place."""
+    found: dict[str, torch.Tensor] = {}
     types = program.typing
     wanted = []
     for node in program.nodes:
@@ -228,28 +349,37 @@ def _slice_constants(program: Program, new: Program, shrink: Shrink) -> None:
         if any(shrink.any(types.axes.get(value.name)) for value in (node, *node.all_input_nodes)):
             wanted.append(node)
     if not wanted:
-        return
+        return found
     values: dict[fx.Node, Any] = {}
+    runner = Runner(program)
 
     def value(node: fx.Node) -> Any:
         if node not in values:
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
+            args, kwargs = runner.arguments(*fx.map_arg((node.args, dict(node.kwargs)), value))
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return values[node]
 
-    by_name = {node.name: node for node in new.module.graph.nodes}
+    by_name = {node.name: node for node in graph.nodes}
     for number, node in enumerate(wanted):
         result = value(node)
         axes = types.axes[node.name]
         if isinstance(axes, list) or not isinstance(result, torch.Tensor):
             continue
-        name = _free_name(new.module, f"_constant_{number}")
-        new.module.register_buffer(name, shrink.slice(result, axes).contiguous())
+        name = _free_name(program.module, f"_constant_{number}")
+        found[name] = shrink.slice(result, axes).contiguous()
         old = by_name[node.name]
-        with new.module.graph.inserting_before(old):
-            holder = new.module.graph.get_attr(name)
+        with graph.inserting_before(old):
+            holder = graph.create_node("get_attr", name)
         holder.meta = dict(old.meta)
         old.replace_all_uses_with(holder)
+    return found
+
+
+def _device(node: fx.Node) -> torch.device:
+    """The device of a call's result."""
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value.device
 
 
 def _free_name(module: torch.nn.Module, name: str) -> str:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
-import statistics
-import time
+import itertools
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from irprune.backend.onnx import Call, Signature
+from irprune.backend.proof import Double
+from irprune.backend.timing import Latency, sampled
 from irprune.errors import DataError, ExportError, ParityError
 from irprune.ir.program import Interface, Program
 from irprune.pipeline.progress import track
+
+if TYPE_CHECKING:
+    from irprune.backend.cache import Cached
 
 Provider = Literal["auto", "cpu", "cuda"]
 
@@ -25,8 +35,43 @@ Provider = Literal["auto", "cpu", "cuda"]
 # roundings, as two libraries sum in different order; a wrong weight shows at a thousand times this.
 RELATIVE_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+# What onnxruntime may err more than torch itself does by rounding, where that is more than the relative tolerance.
+ROUNDINGS = 4
+
 # An output below this magnitude is judged as if it had it: what cancels out is rounding noise.
 _SMALLEST_SCALE = 1e-2
+
+
+def opened(path: Path, *, threads: int = 0, provider: Provider = "auto", profile: str | None = None) -> tuple[Any, str]:
+    """An ONNX file in onnxruntime, and the device that it runs on.
+
+    Args:
+        path: The model file; external data is found beside it.
+        threads: Threads within one operation; 0 leaves the choice to onnxruntime.
+        provider: Where it runs; ``auto`` takes CUDA where onnxruntime offers it.
+        profile: Prefix of the file that onnxruntime's profiler writes.
+
+    Raises:
+        ExportError: onnxruntime cannot load the file, or does not have the provider.
+    """
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    if provider == "cuda" and "CUDAExecutionProvider" not in available:
+        raise ExportError("onnxruntime has no CUDA provider here", hint="install onnxruntime-gpu, or give provider=cpu")
+    device = "cuda" if provider != "cpu" and "CUDAExecutionProvider" in available else "cpu"
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    # A pool that spins after its run takes the cores from whatever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=providers), device
+    except Exception as error:  # the binding's own exceptions share no narrower base
+        raise _unloadable(path, error) from error
 
 
 class Session:
@@ -45,12 +90,17 @@ class Session:
 
     def __init__(self, path: Path, program: Program, *, threads: int = 0, provider: Provider = "auto") -> None:
         self.path = path
+        self._cache: Cached | None = None
+        self._called_as(program)
+        self._session, self.device = opened(path, threads=threads, provider=provider)
+        self._results = [value.name for value in self._session.get_outputs()]
+        self._elements = {value.name: value.type for value in self._session.get_inputs()}
+
+    def _called_as(self, program: Program) -> None:
         self.signature = Signature.of(program)
         parameters = self.signature.parameters
         self._binder = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in parameters])
         self._positional = len(self.signature.income.child(0).children())
-        self._session, self.device = open_session(path, threads=threads, provider=provider)
-        self._elements = {value.name: value.type for value in self._session.get_inputs()}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs in the model's own structure, tensors on the device of the first input.
@@ -59,16 +109,42 @@ class Session:
             DataError: The arguments do not fit the model: structure, dtype or a fixed size.
         """
         feeds = self._feeds(args, kwargs)
+        feeds.update(self._empty(feeds))
         home = next(iter(feeds.values())).device if feeds else torch.device("cpu")
         binding, run = self._bind(feeds)
         run()
         values = binding.get_outputs_as_ortvaluevector()
-        tensors = (_tensor(value).to(home) for value in values)
+        tensors = (_tensor(value).to(home) for value in itertools.islice(values, len(self.signature.outputs)))
         leaves = [
             result.value if result.name is None else next(tensors).item() if result.scalar else next(tensors)
             for result in self.signature.results
         ]
         return pytree.tree_unflatten(leaves, self.signature.outcome)
+
+    def whole(self, program: Program, cache: Cached) -> Session:
+        """A file with a cache as a session that is called as the program without one is: every token is new."""
+        out = copy.copy(self)
+        out._called_as(program)
+        out._cache = cache
+        return out
+
+    def _empty(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A cache without positions."""
+        if self._cache is None:
+            return {}
+        interface = self._cache.program.interface
+        leaves = dict(zip(interface.inputs, zip(pytree.tree_leaves(interface.example), interface.dynamic, strict=True), strict=True))
+        sizes = {label: tensor.shape[axis] for name, tensor in feeds.items() for axis, label in leaves[name][1].items()}
+        out = {}
+        for state in self._cache.states:
+            value, labels = leaves[state.past]
+            shape = [0 if axis == state.axis else sizes.get(labels.get(axis, ""), size) for axis, size in enumerate(value.shape)]
+            out[state.past] = value.new_zeros(shape)
+        return out
+
+    def feeds(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """The file's inputs by name for a call."""
+        return self._feeds(args, kwargs)
 
     def runner(self, *args: Any, **kwargs: Any) -> Callable[[], None]:
         """A function without arguments that only runs the model on these ones, for timing."""
@@ -79,7 +155,7 @@ class Session:
         held = {name: tensor.detach().to(self.device).contiguous() for name, tensor in feeds.items()}
         for name, tensor in held.items():
             binding.bind_input(name, self.device, 0, _element(tensor), tuple(tensor.shape), tensor.data_ptr())
-        for name in self.signature.outputs:
+        for name in self._results:
             binding.bind_output(name, self.device)
 
         def run() -> None:
@@ -121,35 +197,6 @@ class Session:
                 raise DataError(f"input '{name}' is a {given}, the model takes a {self._elements[name]}", hint="convert it with .to()")
             feeds[name] = leaf
         return feeds
-
-
-def open_session(path: Path, *, threads: int = 0, provider: Provider = "auto") -> tuple[Any, str]:
-    """An ``onnxruntime.InferenceSession`` and the device that it runs on, ``cpu`` or ``cuda``.
-
-    Args:
-        path: The model file; external data is found beside it.
-        threads: Threads within one operation; 0 leaves the choice to onnxruntime.
-        provider: Where it runs; ``auto`` takes CUDA where onnxruntime offers it.
-
-    Raises:
-        ExportError: onnxruntime cannot load the file.
-    """
-    import onnxruntime
-
-    available = onnxruntime.get_available_providers()
-    if provider == "cuda" and "CUDAExecutionProvider" not in available:
-        raise ExportError("onnxruntime has no CUDA provider here", hint="install onnxruntime-gpu, or give provider=cpu")
-    device = "cuda" if provider != "cpu" and "CUDAExecutionProvider" in available else "cpu"
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    # A pool that spins after its run takes the cores from whatever is timed next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=providers), device
-    except Exception as error:  # the binding's own exceptions share no narrower base
-        raise _unloadable(path, error) from error
 
 
 _ONNX_NAME = {
@@ -275,14 +322,16 @@ def parity(
         session: The file.
         batch: Sizes of the axis ``batch`` instead of these.
         relative_tolerance: Allowed error over the largest magnitude of an output; by default
-            :data:`RELATIVE_TOLERANCE` of the program's coarsest dtype. Integers and booleans must be equal.
+            :data:`RELATIVE_TOLERANCE` of the program's coarsest dtype, or :data:`ROUNDINGS` times what torch's own
+            result is off from the same computed in float64, where that is more (a deep network whose large values
+            cancel out). Integers and booleans must be equal.
         seed: Seed of the inputs.
 
     Raises:
         ParityError: Shapes, dtypes or values differ, or onnxruntime cannot run a size that torch can.
         DataError: The program itself cannot run on such inputs.
     """
-    relative = relative_tolerance or RELATIVE_TOLERANCE[_precision(program)]
+    relative = relative_tolerance or RELATIVE_TOLERANCE[precision(program)]
     closest = (-1.0, 0.0, 0.0)
     cases = _cases(program, batch, seed)
     for sizes, expected in track(cases, "parity"):
@@ -292,11 +341,25 @@ def parity(
         except DataError as error:
             raise ParityError(f"torch can, but {error.message}", where=_sizes(sizes), hint=_HINT) from error
         leaves = (pytree.tree_leaves(outputs) for outputs in (expected, found))
-        for result, want, got in zip(session.signature.results, *leaves, strict=True):
+        rounding = functools.partial(_rounding, program, sizes, seed) if relative_tolerance is None else None
+        for number, (result, want, got) in enumerate(zip(session.signature.results, *leaves, strict=True)):
             if result.name is not None:
                 where = f"output {result.name}" + (f", {_sizes(sizes)}" if sizes else "")
-                closest = max(closest, _compare(torch.as_tensor(want), torch.as_tensor(got), relative, where))
+                own = functools.partial(rounding, number, want) if rounding is not None else None
+                closest = max(closest, _compare(torch.as_tensor(want), torch.as_tensor(got), relative, where, own))
     return Parity(closest[1], closest[2], tuple(sizes for sizes, _ in cases))
+
+
+def error_of(program: Program, session: Session, *, seed: int = 0) -> float:
+    """The largest error of a file on fresh inputs, over the largest magnitude of its output; nothing is required of it."""
+    args, kwargs = fresh_inputs(program.interface, seed=seed)
+    with torch.no_grad():
+        leaves = (pytree.tree_leaves(outputs) for outputs in (program(*args, **kwargs), session(*args, **kwargs)))
+    worst = 0.0
+    for want, got in zip(*leaves, strict=True):
+        if isinstance(want, torch.Tensor) and want.is_floating_point() and want.numel():
+            worst = max(worst, float((want.double() - got.double()).abs().max() / want.double().abs().max().clamp_min(_SMALLEST_SCALE)))
+    return worst
 
 
 _HINT = "do not use this file; export again, with optimize=false or another opset if it was written by this very program"
@@ -341,8 +404,26 @@ def _cases(program: Program, batch: Sequence[int], seed: int) -> list[tuple[dict
     return cases
 
 
-def _compare(want: torch.Tensor, got: torch.Tensor, relative: float, where: str) -> tuple[float, float, float]:
-    """The error over its tolerance, the error and the tolerance; raises where it is larger."""
+def _rounding(program: Program, sizes: Mapping[str, int], seed: int, number: int, want: torch.Tensor) -> float:
+    """How far an output is off from the same computed in float64; 0 where the program cannot be computed so."""
+    inputs = fresh_inputs(program.interface, sizes, seed=seed)
+    flat = [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in pytree.tree_leaves(inputs)]
+    try:
+        with torch.no_grad():
+            exact = pytree.tree_leaves(Double(program).run(*flat, enable_io_processing=False))[number]
+    except (RuntimeError, TypeError, ValueError):  # an operation that does not take float64, or a constant that stays float32
+        return 0.0
+    error = (exact - want.detach().double()).abs()
+    return float(error[error.isfinite()].max()) if bool(error.isfinite().any()) else 0.0
+
+
+def _compare(
+    want: torch.Tensor, got: torch.Tensor, relative: float, where: str, rounding: Callable[[], float] | None = None
+) -> tuple[float, float, float]:
+    """The error over its tolerance, the error and the tolerance; raises where it is larger.
+
+    ``rounding`` is asked how exact ``want`` is itself, where the relative tolerance is not enough.
+    """
     if want.shape != got.shape or want.dtype != got.dtype:
         raise ParityError(
             f"onnxruntime gives {_ONNX_NAME[got.dtype]}{list(got.shape)}, torch {_ONNX_NAME[want.dtype]}{list(want.shape)}",
@@ -360,6 +441,8 @@ def _compare(want: torch.Tensor, got: torch.Tensor, relative: float, where: str)
         raise ParityError("onnxruntime gives NaN or infinity elsewhere than torch", where=where, hint=_HINT)
     error = float((a[finite] - b[finite]).abs().max())
     tolerance = 0.0 if exact else relative * max(float(a[finite].abs().max()), _SMALLEST_SCALE)
+    if error > tolerance and not exact and rounding is not None:
+        tolerance = max(tolerance, ROUNDINGS * rounding())
     if error > tolerance:
         raise ParityError(f"onnxruntime differs from torch by {error:.3g}, allowed is {tolerance:.3g}", where=where, hint=_HINT)
     return error / tolerance if tolerance else 0.0, error, tolerance
@@ -368,7 +451,7 @@ def _compare(want: torch.Tensor, got: torch.Tensor, relative: float, where: str)
 _HINT_FINITE = "give example inputs with typical values: random ones are drawn alike"
 
 
-def _precision(program: Program) -> torch.dtype:
+def precision(program: Program) -> torch.dtype:
     """The coarsest floating dtype of weights, inputs and results."""
     tensors = [*program.tensors.values(), *pytree.tree_leaves(program.interface.example)]
     values = (node.meta.get("val") for node in program.nodes)
@@ -383,72 +466,47 @@ def _sizes(sizes: Mapping[str, int]) -> str:
 # -- latency ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Latency:
-    """How long one call takes.
+def latency(*calls: Callable[[], Any], **options: Any) -> tuple[Latency, ...]:
+    """One :class:`Latency` per function, timed side by side; options as :func:`irprune.backend.timing.sampled` takes them."""
+    return tuple(Latency.of(samples) for samples in sampled(*calls, **options))
 
-    Attributes:
-        median_ms: Median over the rounds, in milliseconds.
-        iqr_ms: Interquartile range: the spread that outliers do not move.
-        rounds: How many rounds were timed.
+
+_MEMORY = """
+import resource, sys
+import numpy, onnxruntime
+path, inputs, threads, provider = sys.argv[1:]
+def held():
+    try:
+        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before = peak(), held()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = int(threads)
+options.log_severity_level = 4
+session = onnxruntime.InferenceSession(path, options, providers=[provider])
+results = session.run(None, dict(numpy.load(inputs)))
+print(max(peak() - before[0], held() - before[1]))
+"""
+
+
+def peak_memory(session: Session, args: Sequence[Any], kwargs: Mapping[str, Any], *, threads: int = 0) -> int | None:
+    """Bytes that loading a file and one call add to a process of its own; ``None`` where that cannot be told.
+
+    Peak or resident, whichever grew more: the libraries' own start hides the peak of a small model.
     """
-
-    median_ms: float
-    iqr_ms: float
-    rounds: int
-
-
-_WARM_UP = 3
-_FEWEST_ROUNDS = 5
-
-
-def latency(
-    *calls: Callable[[], Any],
-    rounds: int = 100,
-    seconds: float = 10.0,
-    sample_ms: float = 5.0,
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[Latency, ...]:
-    """Time functions side by side: every round times each of them, in alternating order.
-
-    What disturbs the machine for a while disturbs all of them alike. A sample repeats a fast function
-    until it fills ``sample_ms``, which hides the clock's grain and the cost of changing over.
-
-    Args:
-        calls: The functions; what they return is dropped.
-        rounds: Most rounds.
-        seconds: No round starts after this time, but there are at least five.
-        sample_ms: Least duration of a sample, in milliseconds.
-        clock: Seconds, for tests.
-
-    Returns:
-        One :class:`Latency` per function.
-    """
-    start = clock()
-    repeats = []
-    for call in calls:
-        for _ in range(_WARM_UP):
-            began = clock()
-            call()
-            took = clock() - began
-        repeats.append(max(1, round(sample_ms / 1000 / took)) if took > 0 else 1000)
-    samples: list[list[float]] = [[] for _ in calls]
-    order = list(range(len(calls)))
-    for number in track(range(rounds), "latency"):
-        if number >= _FEWEST_ROUNDS and clock() - start > seconds:
-            break
-        for which in order if number % 2 == 0 else reversed(order):
-            call, repeat = calls[which], repeats[which]
-            began = clock()
-            for _ in range(repeat):
-                call()
-            samples[which].append((clock() - began) / repeat * 1000)
-    return tuple(_summary(each) for each in samples)
-
-
-def _summary(samples: list[float]) -> Latency:
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return Latency(median, high - low, len(samples))
+    feeds = session.feeds(*args, **kwargs)
+    if session.device != "cpu" or any(tensor.dtype == torch.bfloat16 for tensor in feeds.values()):
+        return None
+    with tempfile.TemporaryDirectory(prefix="irprune-") as folder:
+        inputs = Path(folder) / "inputs.npz"
+        arrays: dict[str, Any] = {name: tensor.detach().cpu().numpy() for name, tensor in feeds.items()}
+        np.savez(inputs, **arrays)
+        command = [sys.executable, "-c", _MEMORY, str(session.path), str(inputs), str(threads), "CPUExecutionProvider"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    return int(done.stdout) if done.returncode == 0 else None
 
 
 def runner(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], None]:

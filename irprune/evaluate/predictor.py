@@ -159,11 +159,11 @@ class Predictor:
             DataError: The file is not there.
             ExportError: onnxruntime cannot load it.
         """
-        from irprune.backend.runtime import open_session
+        from irprune.backend.runtime import opened
 
         if not path.is_file():
             raise DataError("there is no such ONNX file", where=str(path), hint="run the target again with the pass export")
-        session, device = open_session(path, threads=threads)
+        session, device = opened(path, threads=threads)
         ports = tuple(
             Port(value.name, _DTYPES.get(value.type, torch.float32), tuple(size if isinstance(size, int) else None for size in value.shape))
             for value in session.get_inputs()

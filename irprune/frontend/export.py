@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from irprune.errors import DataError, TargetError, TraceError
 from irprune.frontend import axes, blame
 from irprune.ir.dims import as_size
+from irprune.ir.edit import place
 from irprune.ir.program import Interface, Program, attribute
 
 _KEPT_META = ("val", "stack_trace", "nn_module_stack")
@@ -83,6 +84,7 @@ def trace(
     graph = traced.graph
     _inline_regions(traced)
     _drop_noise(graph)
+    _lay_out(graph)
     aliases = _untie(module, traced)
     output_names, positions = _select_outputs(graph, outputs)
     graph.eliminate_dead_code()
@@ -257,6 +259,17 @@ def _drop_noise(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _lay_out(graph: fx.Graph) -> None:
+    """What reads pairs of neighbouring numbers asks for a layout that a smaller value need not have: make it so."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view_as_complex.default):
+        operand = node.args[0]
+        assert isinstance(operand, fx.Node)
+        with graph.inserting_before(node):
+            whole = graph.call_function(torch.ops.aten.contiguous.default, (operand,))
+        whole.meta = {**node.meta, "val": operand.meta["val"].contiguous()}
+        node.update_arg(0, whole)
+
+
 def _is_identity(node: fx.Node) -> bool:
     aten = torch.ops.aten
     if node.target is aten.dropout.default:
@@ -293,22 +306,9 @@ def _untie(module: torch.nn.Module, traced: fx.GraphModule) -> dict[str, str]:
             node.replace_all_uses_with(holder)
             traced.graph.erase_node(node)
         elif name != node.target:
-            _place(traced, name, attribute(traced, str(node.target)))
+            place(traced, name, attribute(traced, str(node.target)))
             node.target = name
     return aliases
-
-
-def _place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Register a tensor under a dotted name, with the containers that it needs."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if not hasattr(module, part):
-            module.add_module(part, torch.nn.Module())
-        module = getattr(module, part)
-    if isinstance(tensor, torch.nn.Parameter):
-        module.register_parameter(leaf, tensor)
-    else:
-        module.register_buffer(leaf, tensor)
 
 
 def _select_outputs(

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from irprune.errors import TargetError
+from irprune.backend.hf_resize import Resizing, resized
+from irprune.backend.hf_stream import parameters_on_meta
+from irprune.errors import DataError, IrpruneError, TargetError
 from irprune.frontend import blame
 from irprune.frontend.objectives import Kind
 
@@ -44,6 +48,15 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def without_cache(config: Any) -> None:
+    """Let a model of this configuration give no key-value caches, which a trace cannot return."""
+    for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
+        part.use_cache = False
+
+
+Loading = Literal["whole", "meta", "lazy"]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was found.
@@ -52,6 +65,7 @@ class Checkpoint:
         target: What the user named, for messages.
         location: Directory or hub id.
         config: Its configuration, caches switched off.
+        original: Its configuration as it is.
         where: Keyword arguments that every transformers loader takes for it.
         code: Its own code may run.
     """
@@ -59,6 +73,7 @@ class Checkpoint:
     target: str
     location: str
     config: Any
+    original: Any
     where: dict[str, Any]
     code: bool
 
@@ -91,9 +106,9 @@ class Checkpoint:
             except Exception as error:
                 raise _unreadable(target, error) from error
             break
-        for part in (config, config.get_text_config(), config.get_text_config(decoder=True)):
-            part.use_cache = False
-        return cls(target, location, config, dict(where), code)
+        original = copy.deepcopy(config)
+        without_cache(config)
+        return cls(target, location, config, original, dict(where), code)
 
     # -- model ------------------------------------------------------------------------------------
 
@@ -130,8 +145,8 @@ class Checkpoint:
                 return model_class, kind
         return model_class, "causal-lm" if own.get(name) == "AutoModelForCausalLM" else "encoder"
 
-    def build(self, *, dtype: str, attention: str, meta: bool, seed: int) -> tuple[Any, Kind, list[str]]:
-        """The model with its weights, or on the meta device without them.
+    def build(self, *, dtype: str, attention: str, how: Loading, seed: int) -> tuple[Any, Kind, list[str]]:
+        """The model with its weights (``whole``), on the meta device (``meta``), or so with its buffers in memory (``lazy``).
 
         Returns:
             The model in evaluation mode, the kind of its task, and notes for the user.
@@ -144,16 +159,23 @@ class Checkpoint:
         notes: list[str] = []
 
         def made(options: dict[str, Any]) -> Any:
-            if meta:
+            own_sizes = Resizing.of(self.config)
+            if how != "whole":
                 if dtype == "auto":
                     options = {**options, "dtype": self.config.dtype or "float32"}
                 make = model_class.from_config if hasattr(model_class, "from_config") else model_class._from_config
-                with torch.device("meta"):
-                    return make(self.config, **options)
+                with torch.device("meta") if how == "meta" else parameters_on_meta():
+                    model = make(self.config, **options)
+                if own_sizes is not None:
+                    own_sizes.apply(model)
+                model.tie_weights()
+                return model
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 options = {**options, **self.where, **({"trust_remote_code": True} if self.code else {})}
-                model, report = model_class.from_pretrained(self.location, config=self.config, output_loading_info=True, **options)
+                kind: Any = resized(model_class) if own_sizes is not None else model_class
+                model, report = kind.from_pretrained(self.location, config=self.config, output_loading_info=True, **options)
+                model.__class__ = model_class if own_sizes is not None else type(model)
             missing = sorted(report["missing_keys"])
             if missing:
                 notes.append(f"the checkpoint lacks {_listed(missing)}: newly initialised from the seed")
@@ -167,14 +189,59 @@ class Checkpoint:
                     raise
                 notes.clear()
                 model = made({**options, "attn_implementation": "eager"})
+        except IrpruneError:
+            raise
         except Exception as error:
+            self._check_shards()
             raise _unreadable(self.target, error) from error
         # The one way of running experts that traces without data-dependent sizes and has an ONNX form.
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("batched_mm")
         return model.eval(), kind, notes
 
+    def _check_shards(self) -> None:
+        """Name the file of a directory that is cut off, if one is."""
+        folder = Path(self.location)
+        for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+            try:
+                with safe_open(str(path), framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                hint = "copy or download the file again"
+                raise TargetError(f"the file is cut off or no safetensors file: {error}", where=str(path), hint=hint) from error
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            for name in sorted(set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())):
+                if not (folder / name).is_file():
+                    raise TargetError("the file is missing; the index names it", where=str(folder / name), hint="copy or download it again")
+
     # -- what lies beside it ----------------------------------------------------------------------
+
+    def folder(self) -> Path:
+        """The directory with the weights, in the hub's cache for a hub id.
+
+        Raises:
+            TargetError: It has no safetensors files.
+        """
+        if Path(self.location).is_dir():
+            return Path(self.location)
+        where = {key: value for key, value in self.where.items() if key != "gguf_file"}
+        for name in ("model.safetensors.index.json", "model.safetensors"):
+            with contextlib.suppress(OSError):
+                found = cached_file(self.location, name, **where)
+                if found is not None:
+                    return Path(found).parent
+        raise TargetError("it holds no safetensors weights", where=self.target, hint="load it without lazy")
+
+    def processors(self) -> list[Any]:
+        """Everything beside the weights that prepares inputs: tokenizer, image processor, feature extractor."""
+        where = {key: value for key, value in self.where.items() if key != "gguf_file"}
+        tokenizer, _ = self.tokenizer()
+        found = [tokenizer] if tokenizer is not None else []
+        for auto in (transformers.AutoImageProcessor, transformers.AutoFeatureExtractor):
+            with contextlib.suppress(Exception):  # most checkpoints have neither; the library raises many kinds
+                found.append(auto.from_pretrained(self.location, trust_remote_code=self.code, **where))
+        return found
 
     def tokenizer(self) -> tuple[Any | None, str | None]:
         """The tokenizer, or the reason why there is none."""
@@ -194,9 +261,31 @@ class Checkpoint:
 def tokenizer_at(location: str, code: bool = False, **where: Any) -> tuple[Any | None, str | None]:
     """The tokenizer in a directory or of a hub id, or the reason why there is none."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=code, **where), None
+        found = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=code, **where)
     except Exception as error:
         return None, blame.first_line(error)
+    # Some classes are built without files, and then know no word.
+    return (found, None) if found.vocab_size else (None, "the checkpoint has no tokenizer files")
+
+
+def tokenizer_of(location: str) -> Any:
+    """The tokenizer of a directory or hub id; local files are preferred.
+
+    Raises:
+        DataError: There is none.
+    """
+    folder = Path(location).is_dir()
+    if folder and not any((Path(location) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise DataError(
+            "there is no tokenizer", where=location, hint="name the checkpoint's directory with --tokenizer, or give tokens with --ids"
+        )
+    with quiet():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(location, local_files_only=folder)
+        except Exception as error:
+            raise DataError(
+                f"the tokenizer cannot be read: {blame.first_line(error)}", where=location, hint="give tokens with --ids"
+            ) from error
 
 
 def _names(table: str) -> dict[str, tuple[str, ...]]:

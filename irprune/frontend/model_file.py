@@ -95,6 +95,7 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0) -> tuple
         inputs=binding,
         loss=file.loss if file.has("loss") else None,
         evaluate=file.evaluate if file.has("evaluate") else None,
+        read=lambda path: list(counted(read(path, binding), str(path))).copy,
         seed=seed,
     )
     return program, (task,)

@@ -80,6 +80,13 @@ class Objective:
             output, labels = output[:, :-1], labels[:, 1:]
         return functional.cross_entropy(output.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED)
 
+    def positions(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Which positions of the output count in the loss, ``(batch, sequence)``; ``None`` where there are no positions."""
+        if self.kind not in ("causal-lm", "masked-lm", "seq2seq-lm"):
+            return None
+        counts = batch["labels"] != IGNORED
+        return functional.pad(counts[:, 1:], (0, 1)) if self.kind == "causal-lm" else counts
+
     def evaluate(self, predict: Callable[..., Any], batches: Iterable[Batch], names: Iterable[str]) -> dict[str, float]:
         """The metric of a predictor on held-out batches.
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from irprune.errors import DataError
+from irprune.frontend.objectives import IGNORED
 
 HELD_OUT = 0.2
 
@@ -38,6 +39,50 @@ def read(path: Path) -> str | None:
     if not content.strip():
         raise DataError("the calibration text is empty", where=str(path), hint="give some paragraphs of text")
     return content
+
+
+def pairs(path: Path) -> list[tuple[str, str]] | None:
+    """Instruction data: the keys ``prompt`` and ``response`` of each line of a ``.jsonl`` file; ``None`` for any other file."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return None
+    try:
+        samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    if not samples or not all(isinstance(sample, dict) and {"prompt", "response"} <= sample.keys() for sample in samples):
+        return None
+    for number, sample in enumerate(samples, 1):
+        if not all(isinstance(sample[key], str) for key in ("prompt", "response")) or not sample["response"]:
+            raise DataError("`prompt` and `response` must be texts, the response not empty", where=f"{path}:{number}", hint="mend the line")
+    return [(sample["prompt"], sample["response"]) for sample in samples]
+
+
+def masked(tokenizer: Any, samples: list[tuple[str, str]], length: int) -> list[tuple[list[int], list[int]]]:
+    """Tokens and labels of each sample: prompt, response and end of text, of which the prompt does not count (-100).
+
+    A sample that is longer is cut at its end; one whose response is cut off wholly is left out.
+    """
+    out = []
+    for prompt, response in samples:
+        asked = tokenizer(prompt, verbose=False)["input_ids"]
+        if asked and asked[-1] == tokenizer.eos_token_id:
+            asked = asked[:-1]
+        answer = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
+        answer = [*answer, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])]
+        tokens = [*asked, *answer][:length]
+        labels = [*[IGNORED] * len(asked), *answer][:length]
+        if len(tokens) > 1 and any(label != IGNORED for label in labels[1:]):
+            out.append((tokens, labels))
+    return out
+
+
+def padded(rows: list[tuple[list[int], list[int]]], filler: int, length: int | None = None) -> dict[str, torch.Tensor]:
+    """A batch of tokens and labels, filled up on the right to the longest row, or to a length."""
+    width = length or max(len(tokens) for tokens, _ in rows)
+    return {
+        "input_ids": torch.tensor([[*tokens, *[filler] * (width - len(tokens))] for tokens, _ in rows], dtype=torch.int64),
+        "labels": torch.tensor([[*labels, *[IGNORED] * (width - len(labels))] for _, labels in rows], dtype=torch.int64),
+    }
 
 
 def windows(tokenizer: Any, text: str, length: int, *, framed: bool) -> torch.Tensor:

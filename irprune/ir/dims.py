@@ -1,22 +1,29 @@
 """Dimension terms: axes as types, coupling as unification.
 
 An axis of a tensor is a *term*: a row-major product of *atoms*, major first. An atom is a
-variable or a concatenation of terms::
+variable, a concatenation of terms, or a variable seen through a static index map::
 
     term := (atom, ...)                  the empty term is an axis of size 1
-    atom := Var(size) | Concat(term, ...)
+    atom := Var(size) | Concat(term, ...) | Indexed(Var, positions)
 
 ``heads * head_dim`` flattened is ``(heads, head_dim)``; a fused ``q|k|v`` is
 ``(Concat((q,), (k,), (v,)),)``. :meth:`Dims.unify` makes two axes the same, as type inference does.
 Where two terms do not line up, everything in them is frozen: never pruned. So an axis that is not
 understood costs an opportunity and never correctness.
+
+Operations that permute single positions (flip, a constant index) cut a variable into blocks of one
+position, which unification ties where data say so: what is left are the *orbits* of positions. When
+all operations have been seen, :meth:`Dims.join` makes one variable of blocks that always stand
+together; an axis is then that variable through the map from its positions to orbits.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -70,7 +77,18 @@ class Concat:
         return "(" + "|".join("*".join(map(repr, block)) or "1" for block in self.blocks) + ")"
 
 
-Atom: TypeAlias = "Var | Concat"
+@dataclass(frozen=True)
+class Indexed:
+    """Indices of a variable in a given order, with repetitions: a view through a static index map."""
+
+    var: Var
+    positions: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        return f"{self.var}[{','.join(map(str, self.positions))}]"
+
+
+Atom: TypeAlias = "Var | Concat | Indexed"
 Term: TypeAlias = "tuple[Atom, ...]"
 UNIT: Term = ()
 
@@ -97,6 +115,8 @@ def quotient(a: Size, b: Size) -> Size | None:
 def atom_size(atom: Atom) -> Size:
     if isinstance(atom, Var):
         return atom.size
+    if isinstance(atom, Indexed):
+        return len(atom.positions)
     total: Size = 0
     for block in atom.blocks:
         total = total + term_size(block)
@@ -104,6 +124,8 @@ def atom_size(atom: Atom) -> Size:
 
 
 def term_size(term: Term) -> Size:
+    if len(term) == 1:
+        return atom_size(term[0])
     total: Size = 1
     for atom in term:
         total = total * atom_size(atom)
@@ -112,7 +134,7 @@ def term_size(term: Term) -> Size:
 
 def resolve(term: Term) -> Term:
     """The term with every bound variable replaced, products and concatenations flattened."""
-    if not term:
+    if not term or (len(term) == 1 and isinstance(term[0], Var) and term[0].bound is None):
         return term
     out: list[Atom] = []
     changed = False
@@ -124,6 +146,8 @@ def resolve(term: Term) -> Term:
             atom.bound = resolve(atom.bound)
             out.extend(atom.bound)
             changed = True
+        elif isinstance(atom, Indexed):
+            out.append(atom)
         else:
             new = concat(atom.blocks)
             if len(new) == 1 and isinstance(new[0], Concat) and new[0].blocks == atom.blocks:
@@ -147,17 +171,33 @@ def _drop_unit(atom: Atom) -> bool:
 
 
 def concat(blocks: Iterable[Term]) -> Term:
-    """The normal form of a concatenation: nested ones flattened, empty blocks dropped."""
+    """The normal form of a concatenation: nested ones flattened, empty blocks dropped, views of one variable joined."""
     flat: list[Term] = []
+    viewed = False
     for block in blocks:
         block = resolve(block)
         if len(block) == 1 and isinstance(block[0], Concat):
             flat.extend(block[0].blocks)
         elif term_size(block) != 0:
             flat.append(block)
+            viewed = viewed or isinstance(block[0] if block else None, Indexed)
+    if viewed:
+        flat = _joined(flat)
     if len(flat) == 1:
         return flat[0]
     return (Concat(tuple(flat)),)
+
+
+def _joined(blocks: list[Term]) -> list[Term]:
+    """Neighbouring views of one variable as one view, or as the variable where they show all of it in order."""
+    out: list[Term] = []
+    for var, run in itertools.groupby(blocks, lambda b: b[0].var if len(b) == 1 and isinstance(b[0], Indexed) else None):
+        if var is None:
+            out.extend(run)
+            continue
+        positions = tuple(p for block in run for p in block[0].positions)  # type: ignore[union-attr]
+        out.append((var,) if positions == tuple(range(int(var.size))) else (Indexed(var, positions),))
+    return out
 
 
 def variables(term: Term) -> Iterator[Var]:
@@ -165,6 +205,8 @@ def variables(term: Term) -> Iterator[Var]:
     for atom in term:
         if isinstance(atom, Var):
             yield atom
+        elif isinstance(atom, Indexed):
+            yield atom.var
         else:
             for block in atom.blocks:
                 yield from variables(block)
@@ -214,7 +256,8 @@ class Dims:
         pieces demand it. What cannot be aligned is frozen on both sides for the reason ``why``.
 
         Returns:
-            Whether the two terms are now equal. If not, all their variables are frozen.
+            Whether the two axes now lose the same positions whatever is pruned. If not, all their
+            variables are frozen.
         """
         left, right = list(resolve(s)), list(resolve(t))
         while left or right:
@@ -236,16 +279,38 @@ class Dims:
                 if not self._unify_atoms(a, b, why):
                     return self._misaligned(s, t, why)
                 continue
-            longer, shorter, m = (left, b, size_b) if quotient(size_a, size_b) is not None else (right, a, size_a)
+            if quotient(size_a, size_b) is None and quotient(size_b, size_a) is None:
+                return self._unify_ends(left, right, why) or self._misaligned(s, t, why)
+            longer, m = (left, size_b) if quotient(size_a, size_b) is not None else (right, size_a)
             parts = self._factor(longer[-1], m, why)
             if parts is None:
                 return self._misaligned(s, t, why)
             longer[-1:] = [*parts[0], *parts[1]]
-            del shorter
         if any(atom_size(atom) != 1 for atom in left + right):
             return self._misaligned(s, t, why)
         self.freeze((*left, *right), Freeze("unit", "a single position of a product always stays", why.node))
         return True
+
+    def _unify_ends(self, left: list[Atom], right: list[Atom], why: Freeze) -> bool:
+        """Tie what two products whose factors overlap have in common at either end; freeze what lies between."""
+        found = False
+        for end in (-1, 0):
+            a, b = left[end], right[end]
+            size_a, size_b = atom_size(a), atom_size(b)
+            if not isinstance(size_a, int) or not isinstance(size_b, int):
+                return False
+            common = math.gcd(size_a, size_b)
+            if common == 1:
+                continue
+            parts = [self._factor(atom, size // common if end == 0 else common, why) for atom, size in ((a, size_a), (b, size_b))]
+            if parts[0] is None or parts[1] is None or not self.unify(parts[0][end], parts[1][end], why):
+                return False
+            found = True
+            for atoms, part in zip((left, right), parts, strict=True):
+                assert part is not None
+                atoms[end : end + 1 or None] = part[end + 1]
+        self.freeze((*left, *right) if found else (), why)
+        return found
 
     def _misaligned(self, s: Term, t: Term, why: Freeze) -> bool:
         self.freeze(s, why)
@@ -263,6 +328,8 @@ class Dims:
         if isinstance(b, Var):
             self._bind(b, (a,), why)
             return True
+        if isinstance(a, Indexed) or isinstance(b, Indexed):
+            return a == b
         left, right = list(a.blocks), list(b.blocks)
         while left and right:
             self._expose(left)
@@ -306,6 +373,8 @@ class Dims:
             parts = (self.fresh(major), self.fresh(minor))
             self._bind(atom, parts[0] + parts[1], why)
             return parts
+        if isinstance(atom, Indexed):
+            return None
         return self._factor_blocks(list(atom.blocks), major, minor, why)
 
     def _factor_blocks(self, blocks: list[Term], major: Size, minor: Size, why: Freeze) -> tuple[Term, Term] | None:
@@ -390,6 +459,8 @@ class Dims:
             first, second = self.block(offset), self.block(atom.size - offset)
             self._bind(atom, (Concat((first, second)),), why)
             return first, second
+        if isinstance(atom, Indexed):
+            return None
         done: list[Term] = []
         blocks = list(atom.blocks)
         while offset:
@@ -414,6 +485,10 @@ class Dims:
         """Cut a term in consecutive blocks of the given sizes (all positive)."""
         out: list[Term] = []
         rest = resolve(term)
+        if len(rest) == 1 and len(sizes) > 1 and isinstance(rest[0], Var) and sum(sizes) == rest[0].size:
+            out = [self.block(size) for size in sizes]
+            self._bind(rest[0], (Concat(tuple(out)),), why)
+            return out
         for size in sizes[:-1]:
             cut = self.split(rest, size, why)
             if cut is None:
@@ -425,10 +500,73 @@ class Dims:
 
     def unroll(self, term: Term, why: Freeze) -> list[Term] | None:
         """Cut a term into single positions: index-level precision, paid for only where needed."""
-        size = term_size(resolve(term))
+        term = resolve(term)
+        size = term_size(term)
         if not isinstance(size, int):
             return None
-        return self.pieces(term, [1] * size, why) if size > 1 else [resolve(term)]
+        if size == 1:
+            return [term]
+        if len(term) == 1 and isinstance(term[0], Concat):
+            found = [self.unroll(block, why) for block in term[0].blocks]
+            return None if any(cells is None for cells in found) else [cell for cells in found for cell in cells or ()]
+        if len(term) == 1:
+            return self.pieces(term, [1] * size, why)
+        count = atom_size(term[0])
+        assert isinstance(count, int)
+        self.freeze(term[:1], Freeze("position", "an operation tells positions of its minor factor apart", why.node))
+        cells = self.unroll(term[1:], why)
+        return None if cells is None else cells * count
+
+    # -- joining --------------------------------------------------------------------------------
+
+    def join(self, places: Iterable[Term], wanted: Iterable[Var]) -> bool:
+        """Make one variable of free variables that stand together wherever they stand.
+
+        Two variables are joined if each place holds both equally often and in the same products: a
+        removal then costs the same whichever index goes, and what is left of an axis has a size that
+        depends on how many indices stay and not on which. To be called once, after inference.
+
+        Args:
+            places: Every term that anything is computed from: axes, noted terms, products.
+            wanted: The variables that may be joined.
+
+        Returns:
+            Whether anything was joined.
+        """
+        state: dict[Var, int] = dict.fromkeys(wanted, 0)
+        codes: dict[object, int] = {}
+
+        def code(key: object) -> int:
+            return codes.setdefault(key, len(codes) + 1)
+
+        def walk(term: Term, context: int) -> None:
+            for i, atom in enumerate(term):
+                if isinstance(atom, Var) and atom not in state:
+                    continue
+                inner = code((context, term[:i] + term[i + 1 :])) if len(term) > 1 else context
+                if isinstance(atom, Var):
+                    state[atom] = code((state[atom], inner, 0))
+                elif isinstance(atom, Concat):
+                    for block in atom.blocks:
+                        walk(block, inner)
+
+        for number, term in enumerate(places):
+            walk(resolve(term), code((number, "place")))
+        classes: dict[int, list[Var]] = {}
+        for var, last in state.items():
+            if last and var.frozen is None and var.bound is None:
+                classes.setdefault(last, []).append(var)
+        joined = False
+        for members in classes.values():
+            if len(members) < 2:
+                continue
+            whole = self._var(sum(int(var.size) for var in members))  # type: ignore[arg-type]
+            start = 0
+            for var in members:
+                var.bound = (Indexed(whole, tuple(range(start, start + int(var.size)))),)  # type: ignore[arg-type]
+                start += int(var.size)  # type: ignore[arg-type]
+            joined = True
+        return joined
 
 
 # -- masks and sizes under a plan -----------------------------------------------------------------
@@ -446,6 +584,9 @@ def mask_of(term: Term, keep: Mapping[Var, Mask]) -> Mask:
         if isinstance(atom, Var):
             mask = keep.get(atom)
             mask = np.ones(int(atom.size), dtype=bool) if mask is None else mask
+        elif isinstance(atom, Indexed):
+            mask = keep.get(atom.var)
+            mask = np.ones(len(atom.positions), dtype=bool) if mask is None else mask[list(atom.positions)]
         else:
             mask = np.concatenate([mask_of(block, keep) for block in atom.blocks])
         out = np.logical_and.outer(out, mask).reshape(-1)
@@ -456,14 +597,22 @@ def kept_size(term: Term, counts: Mapping[Var, int]) -> Size:
     """The size of an axis when each variable in ``counts`` keeps that many indices."""
     total: Size = 1
     for atom in resolve(term):
+        size: Size = 0
         if isinstance(atom, Var):
-            total = total * counts.get(atom, atom.size)
+            size = counts.get(atom, atom.size)
+        elif isinstance(atom, Indexed):
+            size = _share(atom, counts)
         else:
-            inner: Size = 0
             for block in atom.blocks:
-                inner = inner + kept_size(block, counts)
-            total = total * inner
-    return total
+                size = size + kept_size(block, counts)
+        total = total * size
+    return int(total) if isinstance(total, Fraction) and total.denominator == 1 else total
+
+
+def _share(atom: Indexed, counts: Mapping[Var, int]) -> Any:
+    """What is kept of a view if its positions are spread evenly; of parts of an axis, the parts add up to what is kept."""
+    kept = counts.get(atom.var)
+    return len(atom.positions) if kept is None else Fraction(len(atom.positions) * kept, int(atom.var.size))
 
 
 def index_maps(term: Term, var: Var) -> list[npt.NDArray[np.int64]]:
@@ -481,6 +630,9 @@ def index_maps(term: Term, var: Var) -> list[npt.NDArray[np.int64]]:
         sizes.append(size)
         if isinstance(atom, Var):
             factors.append([np.arange(size)] if atom is var else [])
+            continue
+        if isinstance(atom, Indexed):
+            factors.append([np.array(atom.positions)] if atom.var is var else [])
             continue
         per_block = [index_maps(block, var) for block in atom.blocks]
         lanes = max((len(maps) for maps in per_block), default=0)

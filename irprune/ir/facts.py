@@ -60,7 +60,7 @@ class Group:
         var: The variable.
         size: Number of indices.
         kind: ``ffn``, ``heads``, ``query_heads``, ``head_dim``, ``conv``, ``residual``,
-            ``norm_groups``, ``experts``, ``other``.
+            ``norm_groups``, ``experts``, ``other``; where unlocked ``vocabulary``, ``positions``.
         exact: Removing an index gives the same function as zeroing it.
         members: Parameter and buffer axes, in execution order of their use.
         carriers: Names of the operations whose results carry the variable.
@@ -68,6 +68,7 @@ class Group:
         params_per_index: Parameters that go with one index while nothing else is removed.
         macs_per_index: The same for multiply-accumulates at the example input's sizes.
         frozen: Why it may not be pruned, or ``None``.
+        least: At least so many indices must stay (two experts, where each token goes to two).
     """
 
     name: str
@@ -82,6 +83,7 @@ class Group:
     params_per_index: int = 0
     macs_per_index: int = 0
     frozen: Freeze | None = None
+    least: int = 1
 
     @property
     def prunable(self) -> bool:
@@ -121,7 +123,7 @@ class Importance(Fact):
 
     scores: Mapping[str, npt.NDArray[np.float64]]
     criterion: str = ""
-    rescore: Callable[[Program, Groups], Importance] | None = field(default=None, repr=False, compare=False)
+    rescore: Callable[[Program, Groups], Importance] | None = field(default=None, repr=False, compare=False, metadata={"live": True})
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,25 @@ class Original(Fact):
 
 
 @dataclass(frozen=True)
+class Pretrained(Fact):
+    """The Hugging Face model that the original program was traced from.
+
+    Attributes:
+        model: The model, whose tensors are the original program's.
+        config: Its configuration as the checkpoint has it.
+        companions: Writes what lies beside the weights (tokenizer, preprocessor, generation settings) into
+            a directory; gives notes for the user.
+        retrace: Traces a model of the same class, without weights, as the original was traced.
+    """
+
+    model: Any
+    config: Any = field(repr=False)
+    companions: Callable[[Path], list[str]] = field(repr=False)
+    retrace: Callable[[Any], Program] | None = field(default=None, repr=False)
+    lasting: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class Task(Fact):
     """What the user's target says about data and quality. Any part may be missing.
 
@@ -152,7 +173,11 @@ class Task(Fact):
         loss: Outputs and batch to a scalar tensor.
         evaluate: Takes ``predict(*args, **kwargs) -> outputs as the model returns them`` and gives
             metrics by name (larger is better unless the name says ``loss`` or ``perplexity``).
+        positions: Batch to a boolean tensor over the leading axes of the first output: what counts in the
+            loss. ``None``, also as a result, where all do.
+        read: Fresh batches from another file, as the loader reads calibration data.
         seed: Seed of everything random.
+        tokenizer: What turns text into the model's tokens; an exported decoder gets a copy beside it.
     """
 
     target: str
@@ -160,7 +185,10 @@ class Task(Fact):
     inputs: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     loss: Callable[[Any, Any], Any] | None = None
     evaluate: Callable[[Callable[..., Any]], dict[str, float]] | None = None
+    positions: Callable[[Any], Any] | None = None
+    read: Callable[[Path], Callable[[], Iterable[Any]]] | None = None
     seed: int = 0
+    tokenizer: Any = field(default=None, repr=False, compare=False)
     lasting: ClassVar[bool] = True
 
 
@@ -170,9 +198,13 @@ class Workspace(Fact):
 
     Attributes:
         path: The run directory.
+        progress: A folder for the progress of the pass that runs, which it makes when it needs it. What a
+            pass leaves there it finds again when a killed run goes on; when it has finished, the folder goes.
+            ``None`` where nothing is kept.
     """
 
     path: Path
+    progress: Path | None = None
     lasting: ClassVar[bool] = True
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import networkx as nx
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from irprune.ir.dims import Dims, Freeze, Term
 
@@ -71,6 +73,15 @@ class Types:
         notes: Terms that a rule keeps for later, by operation name and key (``groups``).
         constants: Names of nodes that depend on no input, parameter or symbolic size: their value may
             be computed once and sliced like a buffer.
+        picks: Operation name to ``(axis, positions)`` where the result's axis is made of chosen positions
+            of the first operand's.
+        unlocked: Axes of tables that the user allowed to be cut although they are looked up, by kind
+            (``vocabulary``, ``positions``).
+        lookups: The look-ups whose table is unlocked: operation name to kind.
+        ids: Name of the input whose numbers index the vocabulary, where that is unlocked.
+        points: Values whose numbers are positions along an axis, by operation name and place among its
+            results: whichever expert a token was sent to. They follow that axis when it shrinks.
+        least: Axes of which at least so many positions are needed (the ``k`` of a top-k).
     """
 
     dims: Dims = field(default_factory=Dims)
@@ -80,6 +91,12 @@ class Types:
     constants: frozenset[str] = frozenset()
     macs: dict[str, tuple[Term, ...]] = field(default_factory=dict)
     notes: dict[tuple[str, str], Term] = field(default_factory=dict)
+    picks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    unlocked: dict[str, list[Term]] = field(default_factory=dict)
+    lookups: dict[str, str] = field(default_factory=dict)
+    ids: str | None = None
+    points: dict[tuple[str, int], Term] = field(default_factory=dict)
+    least: list[tuple[Term, int]] = field(default_factory=list)
 
     def of(self, name: str) -> Axes:
         axes = self.axes[name]
@@ -106,6 +123,22 @@ class Interface:
     notes: tuple[str, ...] = ()
 
 
+class Source(Protocol):
+    """Where the data lies of tensors that a program has on the meta device only."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of a tensor as it is stored: along axis 0, all by default."""
+        ...
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor is there."""
+        ...
+
+    def identity(self) -> str:
+        """A digest of where the data comes from and what of it is taken: equal ones give equal tensors."""
+        ...
+
+
 @dataclass(frozen=True)
 class Program:
     """A traced model with its types.
@@ -117,6 +150,9 @@ class Program:
         types: What inference found; ``None`` until :func:`irprune.rules.infer.typed`.
         aliases: Tied names: another fully qualified name of a parameter to the one in use.
         provenance: The passes applied so far.
+        infer: Finds the types when somebody first asks for :attr:`typing`, where they are not there yet.
+        source: Where the data of tensors on the meta device is read from when it is needed; ``None``
+            where the program has its data, or has none at all.
     """
 
     module: fx.GraphModule
@@ -124,9 +160,16 @@ class Program:
     types: Types | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     provenance: tuple[Applied, ...] = ()
+    infer: Callable[[Program], Types] | None = field(default=None, repr=False, compare=False)
+    source: Source | None = field(default=None, repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+        if self.source is None:
+            return self.module(*args, **kwargs)
+        named = {name: kwargs[name] for name in self.interface.example[1]}
+        with torch.no_grad():
+            out = Runner(self).run(*pytree.tree_leaves((args, named)), enable_io_processing=False)
+        return self.module.graph.process_outputs(out)
 
     @property
     def nodes(self) -> Iterator[fx.Node]:
@@ -137,16 +180,30 @@ class Program:
     def by_name(self) -> dict[str, fx.Node]:
         return {node.name: node for node in self.module.graph.nodes}
 
-    @property
+    @functools.cached_property
     def typing(self) -> Types:
-        """The types; a program without them has not been through inference, which is our bug."""
-        assert self.types is not None, "the program has no types yet"
-        return self.types
+        """The types; a program without them and without a way to find them has not been through inference: our bug."""
+        if self.types is not None:
+            return self.types
+        assert self.infer is not None, "the program has no types yet"
+        return self.infer(self)
 
     @functools.cached_property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every parameter and buffer that the program uses, by name."""
         return {str(node.target): attribute(self.module, str(node.target)) for node in self.nodes if node.op == "get_attr"}
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the program can compute: its tensors hold data, or know where it is."""
+        return self.source is not None or not any(tensor.is_meta for tensor in self.tensors.values())
+
+    def value(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows of a parameter or buffer with their data, read from the source where the program does not hold it."""
+        tensor = self.tensors[name]
+        if self.source is not None and tensor.is_meta:
+            return self.source.read(name, start, stop).to(tensor.dtype)
+        return tensor if start == 0 and stop is None else tensor[start:stop]
 
     @functools.cached_property
     def holders(self) -> dict[str, fx.Node]:
@@ -174,10 +231,99 @@ class Program:
 
     def with_graph(self, graph: fx.Graph) -> Program:
         """This program's tensors under another graph (its module's containers are new)."""
-        return dataclasses.replace(self, module=fx.GraphModule(self.module, graph), types=None)
+        return dataclasses.replace(self, module=fx.GraphModule(self.module, graph), types=None, infer=None)
 
     def applied(self, text: str, seconds: float = 0.0) -> Program:
         return dataclasses.replace(self, provenance=(*self.provenance, Applied(text, seconds)))
+
+
+class Runner(fx.Interpreter):
+    """A program on its flat inputs.
+
+    Tensors that lie in the source are read at their use and dropped after it; a large one that an
+    embedding or a linear reads goes through memory in blocks of rows.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module)
+        self.program = program
+
+    def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows of a parameter or buffer, as the operations get them."""
+        return self.program.value(name, start, stop).detach()
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        return self.tensor(str(target))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, *self.arguments(args, kwargs))
+
+    def arguments(self, args: Any, kwargs: Any) -> Any:
+        """A call's arguments; what a trace without data makes on the meta device is made on the CPU."""
+        if self.program.source is None:
+            return args, kwargs
+        return pytree.tree_map(_off_meta, (args, kwargs))
+
+    def run_node(self, n: fx.Node) -> Any:
+        if self.program.source is None:
+            return super().run_node(n)
+        if n.op == "get_attr":
+            return None
+        large = self._large(n)
+        if large is not None and self.env[large] is None:
+            return self._in_blocks(n, large)
+        with self.loaded(n):
+            return super().run_node(n)
+
+    @contextlib.contextmanager
+    def loaded(self, n: fx.Node) -> Iterator[None]:
+        """The tensors that an operation wants are there while it runs."""
+        held = [node for node in n.all_input_nodes if node.op == "get_attr" and self.env[node] is None]
+        for node in held:
+            self.env[node] = self.get_attr(str(node.target), (), {})
+        try:
+            yield
+        finally:
+            for node in held:
+                self.env[node] = None
+
+    def _large(self, n: fx.Node) -> fx.Node | None:
+        """The weight of an embedding or a linear that is not to be read at once."""
+        aten = torch.ops.aten
+        place = {aten.embedding.default: 0, aten.linear.default: 1}.get(n.target)  # type: ignore[call-overload]
+        node = n.args[place] if place is not None else None
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        tensor = self.program.tensors[str(node.target)]
+        return node if tensor.is_meta and tensor.numel() * tensor.itemsize > 2 * BLOCK else None
+
+    def _in_blocks(self, n: fx.Node, weight: fx.Node) -> Any:
+        """An embedding or a linear, its weight read in blocks of rows."""
+        name = str(weight.target)
+        tensor = self.program.tensors[name]
+        rows = max(1, BLOCK // (tensor[0].numel() * tensor.itemsize))
+        starts = range(0, len(tensor), rows)
+        if n.target is torch.ops.aten.linear.default:
+            x: Any = self.map_nodes_to_values(n.args[:1], n)[0]  # type: ignore[index]
+            bias = self.tensor(str(n.args[2].target)) if len(n.args) > 2 and isinstance(n.args[2], fx.Node) else None
+            parts = (torch.nn.functional.linear(x, self.tensor(name, start, start + rows)) for start in starts)
+            result = torch.cat(list(parts), dim=-1)
+            return result if bias is None else result + bias
+        ids: Any = self.map_nodes_to_values(n.args[1:2], n)[0]  # type: ignore[index]
+        result = self.tensor(name, 0, 0).new_zeros((*ids.shape, *tensor.shape[1:]))
+        for start in starts:
+            here = (ids >= start) & (ids < start + rows)
+            if here.any():
+                result[here] = self.tensor(name, start, start + rows)[ids[here] - start]
+        return result
+
+
+def _off_meta(leaf: Any) -> Any:
+    return CPU if isinstance(leaf, torch.device) and leaf.type == "meta" else leaf
+
+
+BLOCK = 64 * 2**20
+CPU = torch.device("cpu")
 
 
 def attribute(module: torch.nn.Module, name: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from irprune.ir.dims import Term, Var, as_size, atom_size, resolve
+from irprune.ir.dims import Indexed, Term, Var, as_size, atom_size, resolve, variables
 from irprune.ir.facts import Groups
 from irprune.ir.program import Axes, Program
 from irprune.rules.registry import op_name
@@ -36,21 +36,11 @@ def names(program: Program, groups: Groups | None = None) -> dict[Var, str]:
     for node in program.nodes:
         for axes in _each(program.typing.axes.get(node.name)):
             for term in axes:
-                for var in _variables(resolve(term)):
+                for var in variables(resolve(term)):
                     if var.frozen is None and var not in out:
                         out[var] = f"d{count}"
                         count += 1
     return out
-
-
-def _variables(term: Term) -> list[Var]:
-    found = []
-    for atom in term:
-        if isinstance(atom, Var):
-            found.append(atom)
-        else:
-            found += [var for block in atom.blocks for var in _variables(block)]
-    return found
 
 
 def _each(axes: Axes | list[Axes | None] | None) -> list[Axes]:
@@ -67,14 +57,29 @@ def term_text(term: Term, names: Mapping[Var, str], symbols: Mapping[str, str] |
             size = _symbolic(atom.size, symbols)
             parts.append(f"{names[atom]}:{size}" if atom in names else size)
             continue
+        if isinstance(atom, Indexed):
+            parts.append(f"{names.get(atom.var, atom.var.size)}[{_positions(atom.positions)}]")
+            continue
         if len(set(atom.blocks)) == 1 and atom.blocks[0]:
             inner = term_text(atom.blocks[0], names, symbols)
             parts.append(f"{len(atom.blocks)}*{inner}")
-        elif not any(_variables((atom,))):
+        elif not any(variables((atom,))):
             parts.append(_symbolic(atom_size(atom), symbols))
         else:
             parts.append("(" + "|".join(term_text(block, names, symbols) for block in atom.blocks) + ")")
     return "*".join(parts) or "1"
+
+
+def _positions(positions: tuple[int, ...]) -> str:
+    """``7..0``, ``0,3,1,2``: runs by their ends, long lists by how they begin."""
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and abs(position - runs[-1][-1]) == 1 and (len(runs[-1]) == 1 or position - runs[-1][-1] == runs[-1][-1] - runs[-1][-2]):
+            runs[-1].append(position)
+        else:
+            runs.append([position])
+    texts = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs]
+    return ",".join(texts if len(texts) <= 8 else [*texts[:6], "…"])
 
 
 def _symbolic(size: Any, symbols: Mapping[str, str] | None) -> str:

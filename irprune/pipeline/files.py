@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
@@ -15,6 +16,8 @@ from pathlib import Path
 from irprune.errors import OutputError
 
 PART = ".irprune-part"
+PARTIAL = ".partial"
+_COMPLETE = "complete"
 # What libraries that write files themselves say where Python would raise OSError.
 _WRITER_FAILURES = ("PytorchStreamWriter", "os error ", "No space left on device", "unexpected pos ")
 
@@ -42,7 +45,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         written = sorted(folder.iterdir(), key=lambda file: file == part)
         assert part in written, f"nothing was written for {path}"
         for file in written:
-            _flush(file)
+            flush(file)
         for file in written:
             os.replace(file, path.parent / file.name)
     except OSError as error:
@@ -61,17 +64,53 @@ class Stage:
     """A directory that is being filled.
 
     Attributes:
-        folder: Where to write.
+        folder: Where to write. Its folder ``.partial`` is for progress, and is gone in the end.
         place: Where it appears when it is complete.
+        resumed: Something was left there by a process that was killed.
+        complete: All of it was there, only the last renaming was left to do: write nothing.
     """
 
     folder: Path
     place: Path
+    resumed: bool = False
+    complete: bool = False
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interruption after which a run can go on; the text says how."""
+
+
+class _Lock:
+    """One process at a time fills a directory. The system lets go of the lock when the process ends, however it ends."""
+
+    def __init__(self, folder: Path, place: Path) -> None:
+        try:
+            import fcntl
+        except ImportError:  # a system without such locks
+            self._descriptor = None
+            return
+        self._descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._descriptor)
+            text = "another process is writing this directory"
+            raise OutputError(text, where=str(place), hint="wait for it to end, or give another place with --out") from error
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
 
 
 @contextmanager
 def staged(
-    path: str | os.PathLike[str], *, numbered: bool = False, force: bool = False, artefacts: Collection[str] = (), last: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    numbered: bool = False,
+    force: bool = False,
+    artefacts: Collection[str] = (),
+    last: str | None = None,
+    resume: bool = False,
 ) -> Iterator[Stage]:
     """Fill a directory so that it appears under its name only when complete.
 
@@ -86,40 +125,71 @@ def staged(
             files stay.
         artefacts: File names that are removed from such a directory where the body has not written them.
         last: The file that appears last in such a directory, and is removed first.
+        resume: Go on in the hidden directory that a killed process left (with ``numbered``, the newest
+            one), if there is one, and leave it there when the body raises.
 
     Raises:
-        OutputError: The directory is not empty, or cannot be written.
+        OutputError: The directory is not empty, cannot be written, or is being written by another process.
     """
     path = Path(path)
-    there = path.is_dir() and not numbered
+    if resume and numbered:
+        path, numbered = _newest_unfinished(path)
+    inner, beside = path / PART, path.parent / f".{path.name}{PART}"
+    left = next((one for one in (inner, beside) if one.is_dir()), None) if resume and not numbered else None
+    there = left == inner if left is not None else path.is_dir() and not numbered
     made = [] if there else [folder for folder in path.parents if not folder.exists()]
-    folder: Path | None = None
+    folder, lock = None, None
     done = False
     try:
         with _writing(path):
-            if there and any(path.iterdir()) and not force:
+            if left is None and there and any(path.iterdir()) and not force:
                 hint = "give another place with --out, or replace it with --force"
                 raise OutputError("the directory is not empty", where=str(path), hint=hint)
             if not there:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path = _reserved(path, numbered)
+                if left is None:
+                    path = _reserved(path, numbered)
+                path.mkdir(exist_ok=True)
                 made.insert(0, path)
-            folder = path / PART if there else path.parent / f".{path.name}{PART}"
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-        yield Stage(folder, path)
+            wanted = path / PART if there else path.parent / f".{path.name}{PART}"
+            wanted.mkdir(exist_ok=True)
+            lock = _Lock(wanted, path)
+            folder = wanted
+            for inside in folder.iterdir():
+                if left is None or inside.name.endswith(PART):
+                    _remove(inside)
+            complete = (folder / PARTIAL / _COMPLETE).is_file()
+        yield Stage(folder, path, left is not None, complete)
         with _writing(path):
+            if not complete:
+                names = sorted(file.name for file in folder.iterdir() if file.name != PARTIAL)
+                write_text(folder / PARTIAL / _COMPLETE, "\n".join(names))
             if there:
                 _merge(folder, path, artefacts, last)
             else:
                 os.replace(folder, path)
+                shutil.rmtree(path / PARTIAL, ignore_errors=True)
         done = True
+    except KeyboardInterrupt as error:
+        if resume:
+            raise Interrupted(f"interrupted; what is done is kept for --resume in {path}") from error
+        raise
     finally:
-        if folder is not None:
+        keep = resume and not done
+        if folder is not None and not keep:
             shutil.rmtree(folder, ignore_errors=True)
-        for one in () if done else made:
+        if lock is not None:
+            lock.release()
+        for one in () if done or keep else made:
             with suppress(OSError):
                 one.rmdir()
+
+
+def _newest_unfinished(path: Path) -> tuple[Path, bool]:
+    """The ``<path>-<n>`` of the highest number that a killed process left; where there is none, the path and True."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}-(\d+){re.escape(PART)}")
+    found = [int(match[1]) for one in path.parent.glob(f".*{PART}") if (match := pattern.fullmatch(one.name))]
+    return (path.with_name(f"{path.name}-{max(found)}"), False) if found else (path, True)
 
 
 def _reserved(path: Path, numbered: bool) -> Path:
@@ -145,13 +215,23 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def _merge(stage: Path, path: Path, artefacts: Collection[str], last: str | None) -> None:
-    if last is not None:
+    if last is not None and (stage / last).exists():
         (path / last).unlink(missing_ok=True)
-    written = sorted(stage.iterdir(), key=lambda file: file.name == last)
-    for name in set(artefacts) - {file.name for file in written}:
-        (path / name).unlink(missing_ok=True)
+    written = sorted((file for file in stage.iterdir() if file.name != PARTIAL), key=lambda file: file.name == last)
+    names = (stage / PARTIAL / _COMPLETE).read_text(encoding="utf-8").splitlines()
+    for name in set(artefacts) - set(names):
+        _remove(path / name)
     for file in written:
+        if file.is_dir():
+            _remove(path / file.name)
         os.replace(file, path / file.name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -171,7 +251,8 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(file: Path) -> None:
+def flush(file: Path) -> None:
+    """Wait until a file, or what a directory lists, is on the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)

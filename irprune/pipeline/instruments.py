@@ -18,7 +18,7 @@ from irprune.ir.facts import Groups
 from irprune.ir.program import Program, attribute
 from irprune.pipeline.manager import Instrument, Step
 from irprune.pipeline.passes import Pass
-from irprune.pipeline.progress import reporting
+from irprune.pipeline.progress import Label, reporting
 
 T = TypeVar("T")
 
@@ -57,13 +57,17 @@ class Progress(Instrument):
         finally:
             self._bars.remove_task(task)
 
-    def track(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+    def track(self, items: Iterable[T], label: Label, total: int | None) -> Iterator[T]:
         """Show one loop of a pass below the pass."""
-        task = self._bars.add_task(f"    {label}", total=total)
+
+        def told() -> str:
+            return f"    {label if isinstance(label, str) else label()}"
+
+        task = self._bars.add_task(told(), total=total)
         try:
             for item in items:
                 yield item
-                self._bars.advance(task)
+                self._bars.update(task, advance=1, description=told())
         finally:
             self._bars.remove_task(task)
 
@@ -108,7 +112,7 @@ class PrintIR(Instrument):
     @contextmanager
     def watch(self, step: Step) -> Iterator[None]:
         yield
-        if step.of.name in self._after and step.result is not None:
+        if step.of.name in self._after and step.result is not None and not step.recalled:
             from irprune.ir.text import dump
 
             facts = step.facts.updated(step.result.facts)
@@ -122,6 +126,9 @@ class Untouched(Instrument):
 
     @contextmanager
     def watch(self, step: Step) -> Iterator[None]:
+        if step.recalled:
+            yield
+            return
         before = fingerprint(step.program)
         yield
         assert fingerprint(step.program) == before, f"pass {step.of.name} modified its input"

@@ -6,16 +6,22 @@ declared, and drops what analyses found when a pass returned another program.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from irprune.errors import PipelineError
-from irprune.ir.facts import Fact
+from irprune.ir.facts import Fact, Workspace
 from irprune.ir.program import Program
 from irprune.pipeline import registry
 from irprune.pipeline.passes import Facts, Pass, Result
+from irprune.pipeline.progress import doing
+
+if TYPE_CHECKING:
+    from irprune.pipeline.journal import Journal
 
 
 @dataclass
@@ -30,6 +36,7 @@ class Step:
         facts: What is known before it.
         result: What it returned; ``None`` until it has.
         seconds: How long it took.
+        recalled: It did not run: its result is that of an earlier process of the run.
     """
 
     of: Pass
@@ -39,6 +46,7 @@ class Step:
     facts: Facts
     result: Result | None = None
     seconds: float = 0.0
+    recalled: bool = False
 
 
 class Instrument:
@@ -50,7 +58,11 @@ class Instrument:
 
 
 def run(
-    passes: Sequence[Pass], program: Program, facts: Facts | Iterable[Fact] = (), instruments: Sequence[Instrument] = ()
+    passes: Sequence[Pass],
+    program: Program,
+    facts: Facts | Iterable[Fact] = (),
+    instruments: Sequence[Instrument] = (),
+    journal: Journal | None = None,
 ) -> tuple[Program, Facts]:
     """Run a pipeline.
 
@@ -59,6 +71,7 @@ def run(
         program: The input, which stays as it is.
         facts: What is known beforehand (the task, the workspace).
         instruments: Watchers, the first one outermost.
+        journal: Where the result of each pass is written down, and read from if an earlier process got it.
 
     Returns:
         The program that the last pass returned, and all facts that hold for it.
@@ -69,15 +82,25 @@ def run(
     facts = Facts(facts)
     passes = completed(passes, [type(fact) for fact in facts])
     for number, one in enumerate(passes, 1):
+        if journal is not None and Workspace in facts:
+            facts = facts.updated([dataclasses.replace(facts[Workspace], progress=journal.work(number))])
         step = Step(one, number, len(passes), program, facts)
+        recalled = journal.recall(number, one, program, facts) if journal is not None else None
+        step.recalled = recalled is not None and recalled.result is not None
         with ExitStack() as stack:
             for instrument in instruments:
                 stack.enter_context(instrument.watch(step))
-            start = time.perf_counter()
-            result = one.run(program, facts.restricted(one))
-            step.seconds = time.perf_counter() - start
-            _check_promise(one, program, result)
+            if recalled is not None and recalled.result is not None:
+                result, step.seconds = recalled.result, recalled.seconds
+            else:
+                start = time.perf_counter()
+                result = one.run(program, facts.restricted(one))
+                step.seconds = time.perf_counter() - start
+                _check_promise(one, program, result)
             step.result = result
+        if journal is not None and not step.recalled:
+            with doing("keep the result"):
+                journal.keep(number, one, program, result, step.seconds)
         if result.program is not program:
             facts = facts.after_change()
         program = result.program.applied(str(one), step.seconds)
@@ -87,7 +110,7 @@ def run(
 
 def _check_promise(one: Pass, program: Program, result: Result) -> None:
     given = {type(fact) for fact in result.facts}
-    assert given >= set(one.gives), f"pass {one.name} did not give {_names(set(one.gives) - given)}"
+    assert given >= set(one.given()), f"pass {one.name} did not give {_names(set(one.given()) - given)}"
     undeclared = {kind for kind in given if not kind.lasting} - {*one.gives, *one.may_give}
     assert not undeclared, f"pass {one.name} gives {_names(undeclared)} without declaring it in 'gives' or 'may_give'"
     assert one.changes or result.program is program, f"pass {one.name} returns another program without declaring 'changes'"
@@ -113,7 +136,7 @@ def completed(passes: Sequence[Pass], known: Iterable[type[Fact]] = ()) -> list[
             out.append(step)
             if step.changes:
                 have = {kind for kind in have if kind.lasting}
-            have.update(step.gives)
+            have.update(step.given())
     return out
 
 
@@ -128,7 +151,7 @@ def _missing(one: Pass, have: set[type[Fact]], before: Sequence[Pass], callers: 
             raise PipelineError(f"pass '{one.name}' needs {kind.__name__}, which pass '{filler.name}' gives, which in turn needs this pass")
         steps = [*_missing(filler, have, before, (*callers, one)), filler]
         for step in steps:
-            have.update(step.gives)
+            have.update(step.given())
         yield from steps
 
 
@@ -137,10 +160,10 @@ def _filler(one: Pass, kind: type[Fact], before: Sequence[Pass]) -> Pass:
 
     A lasting fact is no analysis: what gives it writes a file or measures, which is for the user to ask.
     """
-    earlier = next((step for step in reversed(before) if kind in step.gives and not step.changes), None)
+    earlier = next((step for step in reversed(before) if kind in step.given() and not step.changes), None)
     if earlier is not None:
         return earlier
-    givers = [cls for cls in registry.loadable().values() if kind in cls.gives]
+    givers = [cls for cls in registry.loadable().values() if kind in (*cls.gives, *(cls.may_give if kind.lasting else ()))]
     fillers = [cls for cls in givers if not cls.changes and not any(info.is_required() for info in cls.model_fields.values())]
     if len(fillers) == 1 and not kind.lasting:
         return fillers[0]()

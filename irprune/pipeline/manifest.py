@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -208,6 +208,7 @@ def merged(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hashes(folder: Path) -> dict[str, File]:
-    """Size and SHA-256 of each file in a run directory, but the manifest."""
-    files: Sequence[Path] = sorted(path for path in folder.iterdir() if path.is_file() and path.name != NAME)
-    return {path.name: File(bytes=path.stat().st_size, sha256=sha256(path)) for path in files}
+    """Size and SHA-256 of each file in a run directory and below, but the manifest and what is hidden."""
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    shown = sorted(name for name in names if name != NAME and not any(part.startswith(".") for part in name.split("/")))
+    return {name: File(bytes=names[name].stat().st_size, sha256=sha256(names[name])) for name in shown}

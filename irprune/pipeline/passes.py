@@ -90,6 +90,23 @@ class Pass(BaseModel):
     def run(self, program: Program, facts: Facts) -> Result:
         raise NotImplementedError
 
+    def given(self) -> tuple[type[Fact], ...]:
+        """What this run of it returns: ``gives``, and what its options ask for of ``may_give``."""
+        return self.gives
+
+    def revived(self, program: Program, facts: Facts, given: tuple[Fact, ...]) -> tuple[Fact, ...]:
+        """Facts that an earlier process of the same run got from this pass, whole again.
+
+        A run keeps what passes return as plain data. A field of a fact that is none is marked with
+        ``field(metadata={"live": True})`` and left out; here the pass puts it in again.
+
+        Args:
+            program: The program that the pass returned.
+            facts: What was known before it.
+            given: The facts as they were read back.
+        """
+        return given
+
     def __str__(self) -> str:
         """The text form: ``name{key=value …}`` with the options that differ from the defaults."""
         from irprune.pipeline.parser import unparse

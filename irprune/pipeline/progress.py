@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+Label = str | Callable[[], str]
 
 
 class Reporter(Protocol):
-    """Shows the progress of a loop. ``total`` is ``None`` where it is not known."""
+    """Shows the progress of a loop. ``total`` is ``None`` where it is not known; a label that is a function is asked each time."""
 
-    def track(self, items: Iterable[T], label: str, total: int | None) -> Iterator[T]: ...
+    def track(self, items: Iterable[T], label: Label, total: int | None) -> Iterator[T]: ...
 
 
 _reporter: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
 
 
-def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+def track(items: Iterable[T], label: Label, total: int | None = None) -> Iterator[T]:
     """Walk over ``items``, shown by the reporter in charge, if there is one."""
     reporter = _reporter.get()
     if total is None and isinstance(items, Sized):

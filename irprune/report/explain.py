@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from irprune.analysis.groups import kept_by
 from irprune.errors import OptionError
 from irprune.ir.dims import Var, resolve, variables
 from irprune.ir.facts import Group, Groups
@@ -45,7 +46,7 @@ def explain(program: Program, groups: Groups, name: str) -> list[Line]:
         found += _module(program, groups, name, inner)
     for group in groups:
         if group.name == name:
-            found += _group(program, group)
+            found += _group(program, groups, group)
     if found:
         return found
     modules = {path.rsplit(".", depth)[0] for path in program.tensors for depth in range(1, path.count(".") + 1)}
@@ -57,10 +58,10 @@ def explain(program: Program, groups: Groups, name: str) -> list[Line]:
     )
 
 
-def _group(program: Program, group: Group) -> Iterator[Line]:
+def _group(program: Program, groups: Groups, group: Group) -> Iterator[Line]:
     exact = "exact" if group.exact else "not exact: what is left is normalised anew"
     yield Line(0, f"{group.name}: a group of {group.size} indices, kind {group.kind}, {exact}")
-    yield from _decision(program, group, group.members[0].tensor, 1, "")
+    yield from _decision(program, groups, group, group.members[0].tensor, 1, "")
     yield Line(1, f"with one index go {group.params_per_index:,} parameters and {group.macs_per_index:,} multiply-accumulates")
     for role, verb in (("write", "written by"), ("carry", "carried by"), ("read", "read by")):
         found = members([member for member in group.members if member.role == role])
@@ -84,7 +85,7 @@ def _tensor(program: Program, groups: Groups, name: str, tensor: str) -> Iterato
                 yield Line(2, f"{var.size} positions stay: {var.frozen.message if var.frozen else 'no parameter shares them'}")
                 continue
             others = ", ".join(members([member for member in group.members if member.tensor != tensor]))
-            yield from _decision(program, group, tensor, 2, f", together with {others}" if others else "")
+            yield from _decision(program, groups, group, tensor, 2, f", together with {others}" if others else "")
 
 
 def _module(program: Program, groups: Groups, name: str, tensors: Sequence[str]) -> Iterator[Line]:
@@ -96,10 +97,10 @@ def _module(program: Program, groups: Groups, name: str, tensors: Sequence[str])
     )
     for run in alike(touching):
         tensor = next(member.tensor for member in run[0].members if member.tensor in tensors)
-        yield from _decision(program, run[0], tensor, 1, f" ({len(run)} groups like it)" if len(run) > 1 else "")
+        yield from _decision(program, groups, run[0], tensor, 1, f" ({len(run)} groups like it)" if len(run) > 1 else "")
 
 
-def _decision(program: Program, group: Group, tensor: str, depth: int, also: str) -> Iterator[Line]:
+def _decision(program: Program, groups: Groups, group: Group, tensor: str, depth: int, also: str) -> Iterator[Line]:
     """Whether a group is prunable, and the way from a tensor to the operation that decides it."""
     if group.frozen is None:
         yield Line(depth, f"{group.name}: prunable, {group.size} indices{also}")
@@ -112,6 +113,12 @@ def _decision(program: Program, group: Group, tensor: str, depth: int, also: str
     if program.by_name[group.frozen.node].op == "output" and len(way) > 2:
         decider = f"the output, which is {_operation(program, way[-2])}"
     yield Line(depth + 1, f"decided by {decider}")
+    if group.frozen.code == "no-rule":
+        kept = [name for name in kept_by(groups).get(group.frozen.node, ()) if program.is_parameter(name)]
+        count = sum(program.tensors[name].numel() for name in kept)
+        yield Line(
+            depth + 1, f"which keeps {count:,} parameters from pruning; a rule for it would free them (docs/how-to/add-an-op-rule.md)"
+        )
     if len(way) > 2:
         yield Line(depth + 1, "by way of " + " - ".join(_short(program, step) for step in way[1:-1]))
 

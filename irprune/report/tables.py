@@ -13,7 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from irprune.analysis.cost import Cost
+from irprune.analysis.groups import discover, kept_by
 from irprune.analysis.plan import PlanRow
+from irprune.backend.timing import Speedup
 from irprune.evaluate.evaluation import Evaluation
 from irprune.evaluate.tasks import averages
 from irprune.ir.facts import Group, Groups, Member
@@ -90,6 +92,22 @@ def run_lines(of: Manifest) -> Iterator[str]:
         yield "not proven: the proof was switched off"
     if of.onnx is not None and of.onnx.parity_max_abs_err is not None:
         yield f"onnxruntime agrees with torch within {of.onnx.parity_max_abs_err:.2g}"
+    yield from _speed_lines(of)
+
+
+def _speed_lines(of: Manifest) -> Iterator[str]:
+    """How sure the speed-up is, at every size that was timed."""
+    points = ((of.onnx.model_extra or {}) if of.onnx is not None else {}).get("points", ())
+    for point in points:
+        at = ", ".join(f"{label} {size}" for label, size in point["sizes"].items())
+        for name, file in point["files"].items():
+            if "speedup" not in file:
+                continue
+            found = Speedup(**file["speedup"])
+            what = "onnxruntime" if name == "after" else f"onnxruntime, {name}"
+            kind = "" if point["kind"] == "call" else f", {point['kind']}"
+            ideal = f"; ideal {point['ideal_speedup'] - 1:+.1%}" if point["ideal_speedup"] is not None and name == "after" else ""
+            yield f"{what}{kind}{f' at {at}' if at else ''}: {found.verdict}{ideal}"
 
 
 # -- evaluations ----------------------------------------------------------------------------------
@@ -170,7 +188,7 @@ def inspection(program: Program, groups: Groups) -> dict[str, Any]:
         "bytes": cost.bytes(),
         "prunable_params": prunable_params(program, groups),
         "groups": [group_data(program, group) for group in groups],
-        "notes": notes(program),
+        "notes": notes(program, groups),
     }
 
 
@@ -180,7 +198,7 @@ def inspection_lines(program: Program, groups: Groups) -> Iterator[str]:
     share = f" ({within / total:.1%})" if total else ""
     yield f"{len(groups.prunable)} prunable groups, {len(groups) - len(groups.prunable)} that stay whole"
     yield f"{within:,} of {total:,} parameters{share} lie in a prunable group"
-    yield from note_lines(notes(program), "--json lists them")
+    yield from note_lines(notes(program, groups), "--json lists them")
 
 
 SHOWN_NOTES = 8
@@ -193,14 +211,29 @@ def note_lines(of: Sequence[str], rest: str) -> Iterator[str]:
         yield f"note: {len(of) - SHOWN_NOTES} more; {rest}"
 
 
-def notes(program: Program) -> list[str]:
-    """What the trace and the analysis want to say, once each."""
-    found = []
+def notes(program: Program, groups: Groups | None = None) -> list[str]:
+    """What the trace and the analysis want to say, once each.
+
+    Args:
+        program: A typed program.
+        groups: Its groups, if they are known already.
+    """
+    by_message: dict[str, list[str]] = {}
     for one in program.typing.diagnostics:
-        node = program.by_name.get(one.node)
-        place = location(node) if node is not None else None
-        found.append(f"{place or '%' + one.node}: {one.freeze.message}")
+        by_message.setdefault(one.freeze.message, []).append(one.node)
+    cost = kept_by(groups if groups is not None else discover(program)) if by_message else {}
+    found = [_unused(program, message, nodes, cost) for message, nodes in by_message.items()]
     return list(dict.fromkeys([*program.interface.notes, *found]))
+
+
+def _unused(program: Program, message: str, nodes: Sequence[str], cost: Mapping[str, frozenset[str]]) -> str:
+    """``model.py:14 and 3 more places: operation lib::op has no rule; 1,024 parameters are kept from pruning …``."""
+    places = list(dict.fromkeys((location(program.by_name[node]) if node in program.by_name else None) or f"%{node}" for node in nodes))
+    more = f" and {len(nodes) - 1} more calls" if len(nodes) > 2 else " and another call" if len(nodes) == 2 else ""
+    kept = {tensor for node in nodes for tensor in cost.get(node, ()) if program.is_parameter(tensor)}
+    count = sum(program.tensors[tensor].numel() for tensor in kept)
+    what = f"{count:,} parameters are kept from pruning" if count else "no parameter is kept from pruning by it alone"
+    return f"{places[0]}{more}: {message}; {what} (add one: docs/how-to/add-an-op-rule.md)"
 
 
 def prunable_params(program: Program, groups: Groups) -> int:

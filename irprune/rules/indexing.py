@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from irprune.ir.dims import UNIT
+import torch
+
+from irprune.ir.dims import UNIT, Term, resolve, term_size
 from irprune.ir.program import Axes
 from irprune.rules.infer import Op, Value, sizes
-from irprune.rules.registry import rule
+from irprune.rules.registry import renormalise, resize, rule
+
+if TYPE_CHECKING:
+    from irprune.backend.proof import Keep
+    from irprune.backend.rewrite import Resize
 
 LOOKED_UP = "its rows are looked up by index"
 
@@ -15,8 +21,16 @@ LOOKED_UP = "its rows are looked up by index"
 @rule("embedding")
 def embedding(op: Op, weight: Value, indices: Value) -> Axes:
     """``weight[indices]``: weight ``(rows, width)``, result ``(*indices, width)``."""
-    op.freeze(weight.axes[0], "data-dependent", LOOKED_UP)
+    op.look_up(weight, 0, LOOKED_UP)
     return (*indices.axes, weight.axes[1])
+
+
+@resize("embedding")
+def resize_embedding(rw: Resize, padding_idx: int = -1, **_: Any) -> None:
+    """The row that gets no gradient may have moved or gone."""
+    if padding_idx >= 0:
+        gone = rw.position("weight", 0, padding_idx + 1) == rw.position("weight", 0, padding_idx)
+        rw.set("padding_idx", -1 if gone else rw.position("weight", 0, padding_idx))
 
 
 @rule("embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
@@ -44,9 +58,29 @@ def index(op: Op, self: Value, indices: list[Value | None]) -> Axes:
         for term in self.axes:
             op.freeze(term, "data-dependent", "a mask selects from it")
         return tuple(op.solid(size, "data-dependent", "a mask selects it") for size in op.shape)
+    chosen = _chosen(op, self, at[0], indices[at[0]]) if len(at) == 1 else None
+    if chosen is not None:
+        return (*self.axes[: at[0]], chosen, *self.axes[at[0] + 1 :])
     for i in at:
-        op.freeze(self.axes[i], "data-dependent", LOOKED_UP)
+        _looked_up(op, self.axes[i], indices[i])
     return _indexed(op, self, indices, at)
+
+
+def _looked_up(op: Op, term: Term, index: Value | None) -> None:
+    """An axis that is indexed stays whole, unless the numbers are known to be positions along it."""
+    own = op.pointed(index)
+    if own is None:
+        op.freeze(term, "data-dependent", LOOKED_UP)
+    else:
+        op.unify(own, term)
+        op.note("chosen", own)
+
+
+def _chosen(op: Op, self: Value, dim: int, index: Value | None) -> Term | None:
+    """The axis that an index of known contents makes of an axis that may be pruned."""
+    found = op.constant(index) if index is not None and index.ndim == 1 else None
+    size = self.shape[dim]
+    return None if found is None or not isinstance(size, int) else op.pick(self, dim, [int(i) % size for i in found])
 
 
 def _indexed(op: Op, self: Value, indices: list[Value | None], at: list[int]) -> Axes:
@@ -60,9 +94,18 @@ def _indexed(op: Op, self: Value, indices: list[Value | None], at: list[int]) ->
 @rule("index_select")
 def index_select(op: Op, self: Value, dim: int, index: Value) -> Axes:
     axes = list(self.axes)
-    op.freeze(axes[dim], "data-dependent", LOOKED_UP)
-    axes[dim] = index.axes[0] if index.ndim else UNIT
+    chosen = _chosen(op, self, dim, index)
+    if chosen is None:
+        op.freeze(axes[dim], "data-dependent", LOOKED_UP)
+        chosen = index.axes[0] if index.ndim else UNIT
+    axes[dim] = chosen
     return tuple(axes)
+
+
+@resize("index", "_unsafe_index", "index_select")
+def resize_chosen(rw: Resize, **_: Any) -> None:
+    """What is left of chosen positions has other numbers."""
+    rw.repick()
 
 
 @rule("gather")
@@ -75,7 +118,7 @@ def gather(op: Op, self: Value, dim: int, index: Value) -> Axes:
 def _along(op: Op, value: Value, dim: int, other: Value) -> None:
     for i in range(value.ndim):
         if i == dim % value.ndim:
-            op.freeze(value.axes[i], "data-dependent", LOOKED_UP)
+            _looked_up(op, value.axes[i], other)
         elif value.shape[i] == other.shape[i]:
             op.unify(value.axes[i], other.axes[i])
         else:
@@ -128,7 +171,28 @@ def index_put(op: Op, self: Value, indices: list[Value | None], values: Value) -
     return self.axes
 
 
-@rule("sort", "topk", "argsort", "msort", "unique_dim")
+@rule("topk")
+def topk(op: Op, self: Value, k: Any, dim: int = -1) -> list[Axes]:
+    """The largest numbers along an axis and their places: what is gone is never among them."""
+    if not self.ndim or not isinstance(k, int):
+        return list(ordered(op, self, dim))
+    op.mix(self, "topk", dim)
+    op.need(self.axes[dim], k)
+    op.points(1, self.axes[dim])
+    at = dim % self.ndim
+    ranks = op.solid(k, "data-dependent", "its positions are ordered by their contents")
+    return [(*self.axes[:at], ranks, *self.axes[at + 1 :])] * 2
+
+
+@renormalise("topk")
+def masked_topk(keep: Keep, self: torch.Tensor, dim: int = -1, largest: bool = True, **_: Any) -> Any:
+    worst = -torch.inf if largest else torch.inf
+    if not self.dtype.is_floating_point:
+        worst = torch.iinfo(self.dtype).min if largest else torch.iinfo(self.dtype).max
+    return keep.call(self=self.masked_fill(~keep.mask("self", dim), worst))
+
+
+@rule("sort", "argsort", "msort", "unique_dim")
 def ordered(op: Op, self: Value, dim: int = -1) -> Any:
     """The axis is put in an order that its contents decide."""
     out = list(self.axes)
@@ -141,10 +205,45 @@ def ordered(op: Op, self: Value, dim: int = -1) -> Any:
 
 @rule("one_hot")
 def one_hot(op: Op, self: Value) -> Axes:
+    """A new axis of classes: of positions along an axis, that axis."""
+    own = op.pointed(self)
+    if own is not None and term_size(resolve(own)) == op.shape[-1]:
+        op.note("classes", own)
+        return (*self.axes, own)
+    if own is not None:
+        op.freeze(own, "data-dependent", LOOKED_UP)
     return (*self.axes, op.solid(op.shape[-1], "data-dependent", LOOKED_UP))
 
 
-@rule("isin", "nonzero", "masked_select", "bincount", "histc", "_unique2")
+@resize("one_hot")
+def resize_one_hot(rw: Resize, num_classes: int, **_: Any) -> None:
+    if num_classes > 0:
+        rw.set("num_classes", rw.kept("classes", num_classes))
+
+
+@rule("histc")
+def histogram(op: Op, self: Value, bins: int = 100, min: Any = 0, max: Any = 0) -> Axes:
+    """How many numbers fall into each bin; of positions along an axis, one bin each, how often each was chosen."""
+    own = op.pointed(self)
+    for term in self.axes:
+        op.freeze(term, "data-dependent", "a result is computed from all its contents")
+    if own is not None and term_size(resolve(own)) == bins and (min, max) == (0, bins - 1):
+        op.need(own, 2)  # of one bin the bounds would be equal, which means others
+        op.note("classes", own)
+        return (own,)
+    if own is not None:
+        op.freeze(own, "data-dependent", LOOKED_UP)
+    return (op.solid(bins, "data-dependent", "its positions depend on contents"),)
+
+
+@resize("histc")
+def resize_histogram(rw: Resize, bins: int, **_: Any) -> None:
+    count = rw.kept("classes", bins)
+    rw.set("bins", count)
+    rw.set("max", count - 1)
+
+
+@rule("isin", "nonzero", "masked_select", "bincount", "_unique2")
 def computed(op: Op, **_: Any) -> Any:
     """The result's shape or values depend on all contents."""
     for value in op.operands():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,14 +13,26 @@ from typing import Any
 import torch
 from torch import fx
 
-from irprune.ir.dims import UNIT, Freeze, Size, Term, as_size, resolve, term_size, variables
+from irprune.errors import OptionError
+from irprune.ir.dims import UNIT, Concat, Freeze, Size, Term, as_size, concat, resolve, term_size, variables
 from irprune.ir.program import Axes, Diagnostic, Event, Program, Types
+from irprune.rules import unlock
 from irprune.rules.registry import bind, op_name, registry
 
 UNIFORM_NAMES = """
 zeros ones full empty rand randn new_zeros new_ones new_full new_empty scalar_tensor empty_like zeros_like ones_like full_like
 """
 UNIFORM = frozenset(f"aten::{name}" for name in UNIFORM_NAMES.split())
+
+# What moves numbers about and leaves them as they are: their first operand's positions are the result's.
+MOVES_NAMES = """
+view reshape flatten unflatten to _to_copy clone contiguous detach alias unsqueeze squeeze transpose permute t expand select slice
+index gather repeat repeat_interleave sort
+"""
+MOVES = frozenset(f"aten::{name}" for name in MOVES_NAMES.split())
+
+MOST_CELLS = 1 << 14
+"""An axis longer than this is not taken apart into single positions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +55,12 @@ class Value:
 class Op:
     """What a rule may do: unify, freeze, make fresh axes, and say where axes are read across."""
 
-    def __init__(self, node: fx.Node, types: Types, results: list[Any]) -> None:
+    def __init__(self, node: fx.Node, types: Types, results: list[Any], program: Program) -> None:
         self.node = node
         self.types = types
         self.results = results
+        self._program = program
+        self._followed: set[fx.Node] = set()
         self._why = Freeze("misaligned", f"its pieces do not line up in {op_name(node.target)}", node.name)
 
     @property
@@ -97,6 +112,69 @@ class Op:
     def unroll(self, term: Term) -> list[Term] | None:
         return self.types.dims.unroll(term, self._why)
 
+    def constant(self, value: Value) -> torch.Tensor | None:
+        """The contents of an operand of whole numbers that no input decides; ``None`` if they are not known here."""
+        return known(value.node, self._program, self.types)
+
+    def pick(self, value: Value, dim: int, positions: Sequence[int]) -> Term | None:
+        """The axis made of an operand's positions in a given order, repetitions allowed; ``None`` where it stays whole.
+
+        The call is written anew with the positions that are left (:meth:`irprune.backend.rewrite.Resize.repick`).
+        """
+        term = resolve(value.axes[dim])
+        size = term_size(term)
+        if not isinstance(size, int) or max(size, len(positions)) > MOST_CELLS or len(positions) > 2 * size:
+            return None
+        if all(var.frozen for var in variables(term)):
+            return None
+        cells = self.unroll(term)
+        if cells is None:
+            return None
+        self.types.picks[self.node.name] = (dim % value.ndim, tuple(positions))
+        return concat(cells[i] for i in positions)
+
+    def look_up(self, table: Value, dim: int, message: str) -> None:
+        """Positions of a table's axis are read by numbers: it stays whole, unless the user unlocked it."""
+        kind = self.types.lookups.get(self.node.name)
+        if kind is None:
+            self.freeze(table.axes[dim], "data-dependent", message)
+            return
+        rows = self.types.unlocked[kind]
+        if kind == "vocabulary" and rows:
+            self.unify(rows[0], table.axes[dim])
+        rows.append(table.axes[dim])
+
+    def pointed(self, value: Any) -> Term | None:
+        """The axis whose positions an operand's numbers are, if they are any's. The rule sees to it that they stay so."""
+        term = self.types.points.get((value.node.name, 0)) if isinstance(value, Value) else None
+        if term is not None:
+            self._followed.add(value.node)
+        return term
+
+    def points(self, which: int, term: Term) -> None:
+        """The numbers of a result are positions along an axis."""
+        self.types.points[self.node.name, which] = term
+
+    def need(self, term: Term, count: int) -> None:
+        """At least so many positions of an axis must stay."""
+        self.types.least.append((term, count))
+
+    def settle(self) -> None:
+        """Positions that no rule followed hold their axis as it is."""
+        for operand in self.node.all_input_nodes:
+            term = self.types.points.get((operand.name, 0))
+            if term is None or operand in self._followed:
+                continue
+            moved = op_name(self.node.target) in MOVES and self.node.target is not torch.ops.aten.view.dtype
+            if moved and operand is self.node.args[0] and self._holds_numbers():
+                self.points(0, term)
+            else:
+                self.freeze(term, "data-dependent", "computed positions along it are calculated with")
+
+    def _holds_numbers(self) -> bool:
+        """Whether whole numbers pass into the result as they are, which truth values would not let them."""
+        return isinstance(self.results[0], torch.Tensor) and self.results[0].dtype is not torch.bool
+
     def contract(self, value: Value, *dims: int) -> None:
         """The axes are summed over: a zero at an index removes it exactly."""
         self._event(value, dims, "contract")
@@ -138,6 +216,8 @@ class Op:
                 if not found:
                     found = axes[position]
                     continue
+                if found is axes[position]:
+                    continue
                 one, other = (term_size(resolve(term)) == 1 for term in (found, axes[position]))
                 if one == other:
                     self.unify(found, axes[position])
@@ -158,20 +238,99 @@ def results_of(node: fx.Node) -> list[Any]:
     return list(value) if isinstance(value, tuple | list) else [value]
 
 
-def typed(program: Program) -> Program:
-    """The program with types: a dimension term for every axis of every tensor value."""
+def typed(program: Program, unlocked: Iterable[str] = ()) -> Program:
+    """The program with types: a dimension term for every axis of every tensor value.
+
+    Args:
+        program: The program.
+        unlocked: Axes of the interface that may be cut: ``vocabulary``, ``positions`` (:mod:`irprune.rules.unlock`).
+
+    Raises:
+        OptionError: The program has no such axis.
+    """
+    return dataclasses.replace(program, types=inferred(program, unlocked))
+
+
+def inferred(program: Program, unlocked: Iterable[str] = ()) -> Types:
+    """A dimension term for every axis of every tensor value of a program; arguments as for :func:`typed`."""
     types = Types()
     types.constants = constants(program.module.graph)
+    for kind in unlocked:
+        _unlock(kind, program, types)
     for node in program.nodes:
         _visit(node, program, types)
-    return dataclasses.replace(program, types=types)
+    for term, _ in types.least:
+        # Of a product only the major factor may go: how many of the minor ones a choice leaves is not known.
+        why = Freeze("chosen", "positions are chosen among it and a factor before it")
+        types.dims.freeze(resolve(term)[1:], why)
+    _join(program, types)
+    return types
+
+
+def _join(program: Program, types: Types) -> None:
+    """Blocks of a tensor's axis that stand together everywhere (as after a flip) become one variable."""
+    wanted: dict[Any, None] = {}
+    for node in program.holders.values():
+        for term in types.of(node.name):
+            blocks = (atom for atom in resolve(term) if isinstance(atom, Concat))
+            for found in (dict.fromkeys(v for v in variables((atom,)) if v.frozen is None and isinstance(v.size, int)) for atom in blocks):
+                wanted |= found if len(found) > 1 else {}
+    if not wanted:
+        return
+    places = itertools.chain(
+        (term for axes in types.axes.values() for item in (axes if isinstance(axes, list) else [axes]) for term in item or ()),
+        types.notes.values(),
+        (product for products in types.macs.values() for product in products),
+    )
+    if not types.dims.join(places, wanted):
+        return
+    for name, axes in types.axes.items():
+        new = [item if item is None else tuple(resolve(term) for term in item) for item in (axes if isinstance(axes, list) else [axes])]
+        types.axes[name] = new if isinstance(axes, list) else new[0]  # type: ignore[assignment]
+
+
+def _unlock(kind: str, program: Program, types: Types) -> None:
+    """Note the tables of a kind before anything is inferred: a look-up leaves their rows free then."""
+    ids = unlock.tokens(program) if kind == "vocabulary" else None
+    if isinstance(ids, unlock.Tokens):
+        types.ids, nodes = ids.input, ids.nodes
+    elif kind == "positions":
+        nodes = unlock.positional(program)
+    else:
+        nodes = frozenset()
+    if not nodes:
+        why = (
+            ids
+            if isinstance(ids, str)
+            else "no table is indexed by places"
+            if kind in unlock.KINDS
+            else f"one of {', '.join(unlock.KINDS)}"
+        )
+        raise OptionError(f"the program has no axis '{kind}' that could be cut: {why}")
+    types.unlocked[kind] = []
+    types.lookups |= dict.fromkeys(nodes, kind)
+
+
+def _unlocked_outputs(node: fx.Node, types: Types) -> None:
+    """The last axis of an output over the tokens is the vocabulary."""
+    for term in types.unlocked.get("vocabulary", ())[:1]:
+        for operand in node.all_input_nodes:
+            for axes in _all_axes(types, operand):
+                if axes and operand.meta["val"].is_floating_point() and term_size(resolve(axes[-1])) == term_size(resolve(term)):
+                    types.dims.unify(term, axes[-1], Freeze("misaligned", "it does not line up with the vocabulary", node.name))
 
 
 def _visit(node: fx.Node, program: Program, types: Types) -> None:
     if node.op == "output":
+        _unlocked_outputs(node, types)
+        cut = {var for term in types.unlocked.get("vocabulary", ()) for var in variables(resolve(term))}
         for position, operand in enumerate(node.all_input_nodes):
+            if (operand.name, 0) in types.points:
+                why = Freeze("interface", f"output {position} of the model tells positions along it", node.name)
+                types.dims.freeze(types.points[operand.name, 0], why)
             for axes in _all_axes(types, operand):
-                for term in axes:
+                free = bool(axes) and not cut.isdisjoint(variables(resolve(axes[-1])))
+                for term in axes[:-1] if free else axes:
                     types.dims.freeze(term, Freeze("interface", f"it is an axis of output {position} of the model", node.name))
         return
     if node.op == "placeholder":
@@ -182,20 +341,26 @@ def _visit(node: fx.Node, program: Program, types: Types) -> None:
         return
     if node.op == "get_attr":
         tensor = program.tensors[str(node.target)]
-        types.axes[node.name] = tuple(types.dims.fresh(int(size)) for size in tensor.shape)
+        axes = tuple(types.dims.fresh(int(size)) for size in tensor.shape)
+        types.axes[node.name] = axes
+        for axis, why in node.meta.get("freeze", {}).items():
+            types.dims.freeze(axes[axis], why)
         return
     if node.target is operator.getitem:
-        parts = types.axes.get(node.args[0].name) if isinstance(node.args[0], fx.Node) else None
-        if isinstance(parts, list) and isinstance(node.args[1], int):
-            part = parts[node.args[1]]
+        source, place = node.args
+        if isinstance(source, fx.Node) and isinstance(place, int):
+            parts = types.axes.get(source.name)
+            part = parts[place] if isinstance(parts, list) else None
             if part is not None:
                 types.axes[node.name] = part
+            if (source.name, place) in types.points:
+                types.points[node.name, 0] = types.points[source.name, place]
         return
     results = results_of(node)
     if not any(isinstance(result, torch.Tensor) for result in results):
         _scalar(node, types)
         return
-    op = Op(node, types, results)
+    op = Op(node, types, results, program)
     if node.name in types.constants and op_name(node.target) not in UNIFORM:
         found: Any = [tuple(types.dims.fresh(size) for size in sizes(r)) if isinstance(r, torch.Tensor) else None for r in results]
         found = found if len(found) > 1 else found[0]
@@ -205,6 +370,7 @@ def _visit(node: fx.Node, program: Program, types: Types) -> None:
             found = _unknown(op)
         else:
             found = _call(entry.infer, op, node)
+    op.settle()
     several = isinstance(node.meta.get("val"), tuple | list)
     checked = [_checked(op, axes, result) for axes, result in zip(found if several else [found], results, strict=True)]
     types.axes[node.name] = checked if several else checked[0]  # type: ignore[assignment]
@@ -250,7 +416,8 @@ def _checked(op: Op, axes: Axes | None, result: Any) -> Axes | None:
         axes = tuple(op.solid(size, "rule-mismatch", "a rule gave the wrong number of axes") for size in wanted)
     out = []
     for term, size in zip(axes, wanted, strict=True):
-        if term_size(resolve(term)) == size:
+        known = term_size(resolve(term))
+        if known is size or known == size:
             out.append(term)
             continue
         op.freeze(term, "symbolic", "its size cannot be compared")
@@ -275,7 +442,7 @@ def _scalar(node: fx.Node, types: Types) -> None:
     if "sym_size" in str(node.target):
         return
     for operand in node.all_input_nodes:
-        for axes in _all_axes(types, operand):
+        for axes in [*_all_axes(types, operand), (types.points.get((operand.name, 0), UNIT),)]:
             for term in axes:
                 types.dims.freeze(term, Freeze("data-dependent", "a number is computed from its contents", node.name))
 
@@ -287,11 +454,48 @@ def _all_axes(types: Types, node: fx.Node) -> list[Axes]:
     return [a for a in axes if a is not None] if isinstance(axes, list) else [axes]
 
 
-def constants(graph: fx.Graph) -> frozenset[str]:
-    """Names of tensor operations that depend on no input, parameter, buffer or symbolic size.
+def known(node: fx.Node, program: Program, types: Types) -> torch.Tensor | None:
+    """Whole numbers that depend on constants and buffers only, small enough to be read at once."""
+    held = node.meta.get("val")
+    if not isinstance(held, torch.Tensor) or held.is_floating_point() or held.is_complex() or not _small(held):
+        return None
+    upstream: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        value = pending.pop()
+        if value in upstream:
+            continue
+        upstream.add(value)
+        if value.op == "get_attr":
+            tensor = program.tensors[str(value.target)]
+            if isinstance(tensor, torch.nn.Parameter) or tensor.is_meta or not _small(tensor):
+                return None
+        elif value.op != "call_function" or not (value.name in types.constants or _repeatable(value)):
+            return None
+        pending.extend(value.all_input_nodes)
+    if not upstream.isdisjoint(_written(program.module.graph)):
+        return None
+    values: dict[fx.Node, Any] = {}
+    for value in (value for value in program.nodes if value in upstream):
+        if value.op == "get_attr":
+            values[value] = program.tensors[str(value.target)]
+        else:
+            args, kwargs = fx.map_arg((value.args, dict(value.kwargs)), values.__getitem__)
+            values[value] = value.target(*args, **kwargs)  # type: ignore[operator]
+    result = values[node]
+    return result if isinstance(result, torch.Tensor) else None
 
-    A value that an in-place operation writes to, directly or through a view, is not constant.
-    """
+
+def _small(tensor: torch.Tensor) -> bool:
+    return all(isinstance(size, int) for size in tensor.shape) and tensor.numel() <= MOST_CELLS
+
+
+def _repeatable(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+
+
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """Values that an in-place operation writes to, directly or through a view."""
     written: set[fx.Node] = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
@@ -307,6 +511,15 @@ def constants(graph: fx.Graph) -> frozenset[str]:
                 if value not in written:
                     written.add(value)
                     pending.extend(value.all_input_nodes)
+    return written
+
+
+def constants(graph: fx.Graph) -> frozenset[str]:
+    """Names of tensor operations that depend on no input, parameter, buffer or symbolic size.
+
+    A value that an in-place operation writes to, directly or through a view, is not constant.
+    """
+    written = _written(graph)
     found: set[str] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node in written:

@@ -136,15 +136,17 @@ def between(op: Op) -> Axes:
 
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")
 def grouped_mm(op: Op) -> Axes:
-    """One matrix per run of rows: x ``(rows, in)``, weight ``(groups, in, out)``, y ``(rows, out)``.
+    """One matrix per run of rows: x ``(rows, in)``, weight ``(groups, in, out)``, ends of runs ``(groups,)``, y ``(rows, out)``.
 
-    Where a run ends is computed, so rows and groups stay whole.
+    Where a run ends is computed, so rows stay whole. A group goes with its end: it has no rows where its
+    count is zero.
     """
-    a, b = op.operands()[:2]
+    a, b, ends = op.operands()[:3]
     op.unify(a.axes[-1], b.axes[-2])
     op.contract(a, -1)
     op.contract(b, -2)
-    for term in (*a.axes[:-1], *b.axes[:-2]):
+    for term in a.axes[:-1]:
         op.freeze(term, "data-dependent", "which rows meet which matrix is computed")
+    op.unify(ends.axes[0], b.axes[-3])
     op.macs((*a.axes[0], *a.axes[-1], *b.axes[-1]))
     return (a.axes[0], b.axes[-1])

@@ -91,12 +91,17 @@ def batch_norm(
     bias: Value | None = None,
     running_mean: Value | None = None,
     running_var: Value | None = None,
+    training: bool = False,
 ) -> Any:
-    """Per-channel statistics: nothing is mixed along axis 1; places that they are computed over stay."""
+    """Per-channel statistics: nothing is mixed along axis 1.
+
+    Where they are computed from the input, the other axes are mixed (the batch, too, but for instance
+    norm). Weight standardisation is this, with the output channels of a weight as channels.
+    """
     channel = 1 if input.ndim > 1 else 0
-    if running_mean is None or "instance" in op.name:
-        for dim in (0, *range(2, input.ndim)):
-            op.freeze(input.axes[dim], "mixed", "a statistic is computed over it")
+    if running_mean is None or training or "instance" in op.name:
+        over = range(2, input.ndim) if "instance" in op.name else (0, *range(2, input.ndim))
+        op.mix(input, "norm", *over)
     for data in (weight, bias, running_mean, running_var):
         if data is not None:
             op.unify(input.axes[channel], data.axes[0])
@@ -106,6 +111,22 @@ def batch_norm(
         input.axes,
         *((input.axes[channel],) if len(r.shape) == 1 and r.shape[0] == input.shape[channel] else () for r in op.results[1:]),
     ]
+
+
+@renormalise("batch_norm", "instance_norm")
+def masked_batch_norm(
+    keep: Keep,
+    input: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Statistics of the input over its kept positions only."""
+    dims = (*(() if "instance" in keep.name else (0,)), *range(2, input.ndim))
+    out = _standardise(input, keep.mask("input", *dims), dims, eps)
+    tail = (1,) * (input.ndim - 2)
+    out = out if weight is None else out * weight.reshape(-1, *tail)
+    return (out if bias is None else out + bias.reshape(-1, *tail)).to(input.dtype)
 
 
 @rule("group_norm", "native_group_norm")

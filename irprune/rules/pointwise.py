@@ -16,6 +16,7 @@ log_sigmoid logical_not logit mish nan_to_num neg negative positive rad2deg reci
 sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit special_ndtr sqrt square tan tanh threshold trunc
 alias _to_copy to type_as zero fill
 _assert_tensor_metadata detach_copy alias_copy pin_memory special_erf special_log1p
+real imag angle _conj conj_physical resolve_conj resolve_neg _neg_view
 """
 
 NARY = """
@@ -23,7 +24,7 @@ add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor bitwise_left_shift 
 clamp_min clip copysign div divide eq floor_divide fmax fmin fmod ge greater greater_equal gt heaviside hypot ldexp le
 less less_equal lerp logaddexp logaddexp2 logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne
 nextafter not_equal pow remainder rsub sub subtract true_divide where xlogy special_xlogy __and__ __or__ __xor__ __lshift__
-__rshift__ isclose
+__rshift__ isclose complex polar
 """
 
 

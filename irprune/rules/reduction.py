@@ -98,6 +98,20 @@ def cumsum(op: Op, self: Value, dim: int) -> Axes:
     return self.axes
 
 
+FOURIER = [f"fft_{inverse}{kind}" for inverse in ("", "i") for kind in ("fft", "rfft", "hfft", "fft2", "rfft2", "fftn", "rfftn")]
+
+
+@rule(*FOURIER)
+def fourier(op: Op, self: Value, dim: Any = None) -> Axes:
+    """A discrete Fourier transform: its coefficients depend on how many positions there are and on each one's place."""
+    dims = {d % self.ndim for d in (dim if isinstance(dim, list) else range(self.ndim) if dim is None else [dim])}
+    axes = list(self.axes)
+    for d in dims:
+        op.freeze(axes[d], "position", "a Fourier transform runs along it")
+        axes[d] = op.solid(op.shape[d], "position", "a Fourier transform gives it")
+    return tuple(axes)
+
+
 def _dims(x: torch.Tensor, dim: Any) -> tuple[int, ...]:
     if dim is None or dim == []:
         return tuple(range(x.ndim))

@@ -116,6 +116,18 @@ def movedim(op: Op, self: Value) -> Axes:
     return tuple(self.axes[size - 2] for size in moved.shape)
 
 
+@rule("view_as_complex")
+def view_as_complex(op: Op, self: Value) -> Axes:
+    """The last axis holds real and imaginary parts."""
+    op.freeze(self.axes[-1], "position", "its positions are real and imaginary parts")
+    return self.axes[:-1]
+
+
+@rule("view_as_real")
+def view_as_real(op: Op, self: Value) -> Axes:
+    return (*self.axes, op.solid(2, "position", "its positions are real and imaginary parts"))
+
+
 @rule("unsqueeze", "unsqueeze_copy")
 def unsqueeze(op: Op, self: Value, dim: int) -> Axes:
     axes = list(self.axes)
@@ -250,7 +262,10 @@ def slice_axis(op: Op, self: Value, dim: int = 0, start: Any = None, end: Any = 
         axes[dim] = cut(op, term, first, last, size)
         return tuple(axes)
     parts = op.factor(term, step) if size % step == 0 and first < step and last > size - step + first else None
-    if parts is None:
+    chosen = op.pick(self, dim, range(first, last, step)) if parts is None else None
+    if chosen is not None:
+        axes[dim] = chosen
+    elif parts is None:
         op.freeze(term, "position", "a slice with a step reads it")
         axes[dim] = op.solid(wanted, "position", "a slice with a step gives it")
     else:
@@ -262,6 +277,8 @@ def slice_axis(op: Op, self: Value, dim: int = 0, start: Any = None, end: Any = 
 @resize("slice", "slice_copy")
 def resize_slice(rw: Resize, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1, **_: Any) -> None:
     """Bounds move with the positions before them; a step picks from a factor that stays whole."""
+    if rw.repick():
+        return
     if step != 1:
         size = rw.old_size("self", dim)
         if isinstance(end, int) and isinstance(size, int) and end < size:
@@ -333,7 +350,9 @@ def split(op: Op, self: Value, dim: int = 0) -> list[Axes]:
 
 @resize("split", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "split_with_sizes", "split_copy", "unsafe_split_with_sizes")
 def resize_split(rw: Resize, dim: int = 0, **_: Any) -> None:
-    """All splits become ``split_with_sizes`` of the kept sizes."""
+    """All splits of an axis that shrinks become ``split_with_sizes`` of the kept sizes."""
+    if not rw.shrinks("self", dim):
+        return
     lengths = [rw.result_size(dim, i) for i in range(rw.result_count)]
     arguments = {"self": rw.get("self"), "split_sizes": lengths, "dim": dim}
     rw.retarget(torch.ops.aten.split_with_sizes.default, ("self", "split_sizes", "dim"), arguments)
@@ -459,7 +478,7 @@ def resize_roll(rw: Resize, shifts: list[Any], dims: list[int], **_: Any) -> Non
     new = []
     for shift, dim in zip(shifts if isinstance(shifts, list) else [shifts], dims if isinstance(dims, list) else [dims], strict=False):
         size = rw.old_size("self", dim)
-        if isinstance(size, int) and isinstance(shift, int) and shift % size:
+        if isinstance(size, int) and isinstance(shift, int):
             new.append(rw.position("self", dim, size) - rw.position("self", dim, size - shift % size))
         else:
             new.append(shift)

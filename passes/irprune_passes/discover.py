@@ -28,5 +28,5 @@ class Discover(Pass):
     freeze: tuple[str, ...] = Field((), description="Name patterns of tensors whose axes all stay whole, as `*.lm_head.*`.")
 
     def run(self, program: Program, facts: Facts) -> Result:
-        program = program if program.types is not None else typed(program)
+        program = program if program.types is not None or program.infer is not None else typed(program)
         return Result(program, (discover(program, self.freeze),))

@@ -42,6 +42,8 @@ def test_inputs_outputs_and_dynamic_axes_keep_their_names(llama_file: OnnxFile) 
             "outputs": {"logits": ["batch", "sequence", 64]},
             "size_bytes": llama_file.path.stat().st_size,
             "external_data": [],
+            "cache": False,
+            "precision": "float32",
         }
     }
     graph = onnx.load(llama_file.path).graph

@@ -297,7 +297,7 @@ def test_a_constant_that_is_not_sliced_is_caught(monkeypatch: pytest.MonkeyPatch
 
     program = toys.program(Fixed(), X, dynamic={})
     _proof(program)
-    monkeypatch.setattr(rewrite, "_slice_constants", lambda *_: None)
+    monkeypatch.setattr(rewrite, "_slice_constants", lambda *_: {})
     with pytest.raises(ProofError):
         _proof(program)
 

@@ -79,7 +79,7 @@ def bert(save: Save) -> str:
 
 def loaded(target: str, **options: Any) -> tuple[Program, Task]:
     program, facts = load(target, **{"sequence": 16, **options})
-    (task,) = facts
+    task = next(fact for fact in facts if isinstance(fact, Task))
     assert isinstance(task, Task)
     return program, task
 
@@ -379,6 +379,49 @@ def test_bad_text(llama: str, tmp_path: Path, name: str, content: bytes | None, 
     assert error.hint
 
 
+def test_prompts_do_not_count(llama: str, tmp_path: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+    """Labels are the response and the end of text; what fills a row up has none; a step's weight is what counts."""
+    lines = [
+        {"prompt": "Say a word: ", "response": "tree"},
+        {"prompt": "One: ", "response": "two three four"},
+        {"prompt": "A" * 500, "response": "x"},
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    _, task = loaded(llama, calibration=str(tmp_path / "train.jsonl"), sequence=24)
+    assert task.calibration is not None
+    assert task.read is not None
+    assert task.positions is not None
+    assert task.loss is not None
+    (batch,) = task.read(tmp_path / "train.jsonl")()
+    (first,) = task.calibration()
+    assert all(torch.equal(first[key], value) for key, value in batch.items())
+    rows = {tokenizer.decode(ids[labels != -100]): (ids, labels) for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)}
+    assert {"".join(key.replace("Ġ", "").split()) for key in rows} == {"tree", "twothreefour"}
+    counts = task.positions(batch)
+    assert counts.shape == batch["labels"].shape
+    assert int(counts.sum()) == int((batch["labels"] != -100).sum())
+    logits = torch.randn(*batch["labels"].shape, 512, generator=torch.Generator().manual_seed(0))
+    each = torch.nn.functional.cross_entropy(logits[counts], batch["labels"].roll(-1, 1)[counts])
+    torch.testing.assert_close(task.loss(logits, batch), each)
+
+
+def test_a_response_ends_with_the_end_of_text() -> None:
+    class Letters:
+        eos_token_id = 0
+
+        def __call__(self, content: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": [*([1] if add_special_tokens else []), *map(ord, content), *([0] if add_special_tokens else [])]}
+
+    samples = [("ab", "c"), ("ab", "cdefgh"), ("abcdefgh", "c")]
+    rows = text.masked(Letters(), samples, 6)
+    assert rows == [
+        ([1, 97, 98, 99, 0], [-100, -100, -100, 99, 0]),
+        ([1, 97, 98, 99, 100, 101], [-100, -100, -100, 99, 100, 101]),
+    ]
+    assert text.padded(rows, 7)["input_ids"][0].tolist() == [1, 97, 98, 99, 0, 7]
+    assert text.padded(rows, 7)["labels"][0].tolist() == [-100, -100, -100, 99, 0, -100]
+
+
 def test_without_a_tokenizer_there_is_no_calibration(save: Save) -> None:
     config = transformers.LlamaConfig(**SIZES, num_key_value_heads=2)
     program, task = loaded(save(transformers.LlamaForCausalLM, config, name="mute", with_tokenizer=False))
@@ -429,7 +472,7 @@ def test_missing_weights_and_weights_of_another_shape(llama: str, tmp_path: Path
     assert isinstance(error, TargetError)
     assert "no file named model.safetensors" in error.message
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")
-    assert error_of(f"hf:{tmp_path}").message.startswith("transformers cannot load it: SafetensorError")
+    assert error_of(f"hf:{tmp_path}").message.startswith("the file is cut off or no safetensors file: ")
     (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}), encoding="utf-8")
     assert error_of(f"hf:{tmp_path}").message.startswith("transformers cannot load it: RuntimeError")
@@ -446,7 +489,7 @@ def test_weights_that_the_checkpoint_lacks_are_a_note(llama: str, tmp_path: Path
     assert program.interface.notes[0] == f"the checkpoint lacks {name}: newly initialised from the seed"
     checkpoint = Checkpoint.find(f"hf:{tmp_path}")
     for seed in (0, 1):
-        model, _, _ = checkpoint.build(dtype="float32", attention="sdpa", meta=False, seed=seed)
+        model, _, _ = checkpoint.build(dtype="float32", attention="sdpa", how="whole", seed=seed)
         assert torch.equal(model.get_parameter(name), program.tensors[name]) == (seed == 0)
 
 

@@ -195,8 +195,84 @@ def _regroup(draw: Draw, c: int) -> tuple[Step, int]:
 def _convolution(draw: Draw, c: int) -> tuple[Step, int]:
     groups = draw(st.sampled_from([g for g in (1, 2, 3, c) if c % g == 0]))
     out = groups * draw(st.sampled_from([1, 2, 3]))
-    conv = nn.Conv1d(c, out, 3, padding=1, groups=groups)
-    return Step(f"conv {c}-{out} in {groups}", lambda x, f: F.relu(f(x.transpose(1, 2))).transpose(1, 2), f=conv), out
+    mode = draw(st.sampled_from(["signal", "transposed", "image", "shuffled", "same weight"]))
+    act = draw(st.sampled_from(ACTIVATIONS))
+    if mode == "signal":
+        conv: nn.Module = nn.Conv1d(c, out, 3, padding=1, groups=groups)
+    elif mode == "transposed":
+        conv = nn.ConvTranspose1d(c, out, 3, padding=1, groups=groups)
+    elif mode == "image":
+        conv = nn.Sequential(nn.Unflatten(2, (2, 3)), nn.Conv2d(c, out, 3, padding=1, groups=groups), nn.Flatten(2))
+    elif mode == "shuffled":
+        conv = nn.Sequential(
+            nn.Conv1d(c, out, 1, groups=groups), nn.ChannelShuffle(groups), nn.Conv1d(out, out, 3, padding=1, groups=groups)
+        )
+    else:
+        conv, out = nn.Conv1d(c, c, 3, padding=1, groups=groups), c
+        conv = nn.Sequential(conv, nn.Tanh(), conv)
+    return Step(f"conv {mode} {c}-{out} in {groups}", lambda x, f: act(f(x.transpose(1, 2))).transpose(1, 2), f=conv), out
+
+
+def _recurrent(draw: Draw, c: int) -> tuple[Step, int]:
+    kind, hidden, two = draw(st.sampled_from([nn.LSTM, nn.GRU, nn.RNN])), draw(st.sampled_from([3, 4])), draw(st.booleans())
+    step = Step(f"{kind.__name__} {hidden}", lambda x, f: f(x)[0], f=kind(c, hidden, batch_first=True, bidirectional=two))
+    return step, hidden * (1 + two)
+
+
+def _experts(draw: Draw, c: int) -> tuple[Step, int]:
+    experts, hidden, picked = draw(st.sampled_from([2, 3, 4])), draw(st.sampled_from([3, 4])), draw(st.booleans())
+
+    def run(x: Tensor, router: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+        gate = router(x).softmax(-1)
+        if picked:
+            top, which = gate.topk(2, -1)
+            gate = torch.zeros_like(gate).scatter(-1, which, top)
+        answers = torch.einsum("bteh,ehc->btec", torch.einsum("btc,ech->bteh", x, up()).relu(), down())
+        return x + (answers * gate[..., None]).sum(2)
+
+    parts = {"router": nn.Linear(c, experts), "up": Vector(experts, c, hidden), "down": Vector(experts, hidden, c)}
+    return Step(f"{experts} experts{' top 2' * picked}", run, **parts), c
+
+
+def _weights(draw: Draw, c: int) -> tuple[Step, int]:
+    out = draw(st.sampled_from([4, 6]))
+    mode = draw(st.sampled_from(["normed", "low rank", "both ways", "twice", "scaled", "stacked"]))
+    if mode == "normed":
+        return Step("weight norm", lambda x, f: f(x), f=nn.utils.parametrizations.weight_norm(nn.Linear(c, out))), out
+    if mode == "low rank":
+        return Step("low rank", lambda x, w, a, b: F.linear(x, w() + a() @ b()), w=Vector(out, c), a=Vector(out, 2), b=Vector(2, c)), out
+    if mode == "both ways":
+        return Step("both ways", lambda x, w: F.linear(F.linear(x, w()).relu(), w().T), w=Vector(out, c)), c
+    if mode == "twice":
+        return Step("twice", lambda x, f: x + f(x.tanh() + f(x)), f=nn.Linear(c, c)), c
+    if mode == "stacked":
+        return Step("stacked", lambda x, w: F.linear(x, w()[0]) * F.linear(x, w()[1]).sigmoid(), w=Vector(2, out, c)), out
+    return Step("layer scale", lambda x, f, w: x + f(x) * w(), f=nn.Linear(c, c), w=Vector(c)), c
+
+
+def _places(draw: Draw, c: int) -> tuple[Step, int]:
+    mode = draw(st.sampled_from(["mix", "gather", "cumsum", "fold", "merge", "in place"]))
+    if mode == "mix":
+        hidden = draw(st.sampled_from([3, 4]))
+        run = lambda x, u, d: x + d(F.gelu(u(x.transpose(1, 2)))).transpose(1, 2)  # noqa: E731
+        return Step("mix places", run, u=nn.Linear(PLACES, hidden), d=nn.Linear(hidden, PLACES)), c
+    if mode == "gather":
+        order = torch.tensor(draw(st.permutations(range(PLACES))))
+        return Step("gather places", lambda x: x.gather(1, order[None, :, None].expand(x.shape[0], -1, c))), c
+    if mode == "cumsum":
+        return Step("running sum", lambda x: x.cumsum(1)), c
+    if mode == "fold":
+        return Step("fold places", lambda x, f: f(x.reshape(x.shape[0], -1))[:, None].expand(-1, PLACES, -1), f=nn.Linear(PLACES * c, 4)), 4
+    if mode == "merge":
+        run = lambda x, f: f(torch.cat([x[:, ::2], x[:, 1::2]], -1)).repeat_interleave(2, 1)  # noqa: E731
+        return Step("merge places", run, f=nn.Linear(2 * c, 4)), 4
+
+    def write(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[..., : c // 2] = x[..., : c // 2].tanh()
+        return x.mul_(2)
+
+    return Step("in place", write), c
 
 
 def _excite(draw: Draw, c: int) -> tuple[Step, int]:
@@ -212,26 +288,57 @@ def _mixed(draw: Draw, c: int) -> tuple[Step, int]:
         "softmax": lambda x: x.softmax(-1),
         "cumsum": lambda x: x.cumsum(-1),
         "norm": lambda x: x / (x.norm(dim=-1, keepdim=True) + 1),
-        "std": lambda x: x / (x.std(-1, keepdim=True) + 1),
+        "std": lambda x: x / (x.std(-1, correction=0, keepdim=True) + 1),
         "logsumexp": lambda x: x - x.logsumexp(-1, keepdim=True),
     }[mode]
     return Step(mode, run), c
 
 
 def _position(draw: Draw, c: int) -> tuple[Step, int]:
-    mode = draw(st.sampled_from(["table", "flip", "roll", "pad", "einsum"]))
+    mode = draw(
+        st.sampled_from(["table", "flip", "mirror", "roll", "roll, add", "pad", "einsum", "order", "order, add", "some", "every other"])
+    )
+    shift, order = draw(st.integers(1, c)), torch.tensor(draw(st.permutations(range(c))))
     if mode == "table":
         return Step("position table", lambda x, e: x + e(torch.arange(PLACES)), e=nn.Embedding(PLACES, c)), c
-    if mode == "flip":
-        return Step("flip", lambda x: x + x.flip(-1)), c
-    if mode == "roll":
-        return Step("roll", lambda x: x.roll(1, -1)), c
     if mode == "pad":
         return Step("pad", lambda x: F.pad(x, (1, 2))), c + 3
-    return Step("einsum", lambda x, w: torch.einsum("btc,cd->btd", x, w()), w=Vector(c, 4)), 4
+    if mode == "einsum":
+        return Step("einsum", lambda x, w: torch.einsum("btc,cd->btd", x, w()), w=Vector(c, 4)), 4
+    if mode == "some":
+        some = torch.tensor(draw(st.lists(st.integers(0, c - 1), min_size=2, max_size=c)))
+        return Step(f"channels {some.tolist()}", lambda x: x[..., some]), len(some)
+    if mode == "every other":
+        first = draw(st.integers(0, 1))
+        return Step(f"every other from {first}", lambda x: x[..., first::2]), len(range(first, c, 2))
+    run = {
+        "flip": lambda x: x.flip(-1),
+        "mirror": lambda x: x + x.flip(-1),
+        "roll": lambda x: x.roll(shift, -1),
+        "roll, add": lambda x: x + x.roll(shift, -1),
+        "order": lambda x: x.index_select(-1, order),
+        "order, add": lambda x: x * x[..., order].sigmoid(),
+    }[mode]
+    return Step(f"{mode} {shift if 'roll' in mode else order.tolist()}", run), c
 
 
-STEPS = (_linear, _feed_forward, _norm, _attention, _concat, _split, _regroup, _convolution, _excite, _mixed, _position)
+STEPS = (
+    _linear,
+    _feed_forward,
+    _norm,
+    _attention,
+    _concat,
+    _split,
+    _regroup,
+    _convolution,
+    _excite,
+    _mixed,
+    _position,
+    _recurrent,
+    _experts,
+    _weights,
+    _places,
+)
 
 
 @st.composite

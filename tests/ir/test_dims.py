@@ -50,6 +50,16 @@ def test_what_does_not_line_up_is_frozen_on_both_sides() -> None:
     assert all(var.frozen == WHY for term in (three, two) for var in variables(resolve(term)))
 
 
+def test_overlapping_factors_keep_what_their_ends_have_in_common() -> None:
+    dims = Dims()
+    left, right = dims.fresh(6) + dims.fresh(4), dims.fresh(4) + dims.fresh(6)
+    assert dims.unify(left, right, WHY)
+    first, last = resolve(left), resolve(right)
+    assert [term_size((atom,)) for atom in first] == [2, 3, 2, 2]
+    assert (first[0], first[-1]) == (last[0], last[-1])
+    assert [var.frozen for var in variables(first)] == [None, WHY, WHY, None]
+
+
 def test_freezing_reaches_what_a_variable_is_bound_to() -> None:
     dims = Dims()
     flat = dims.fresh(12)
@@ -82,6 +92,68 @@ def test_index_maps_say_where_a_variable_stands() -> None:
     heads, width = dims.fresh(2), dims.fresh(3)
     assert [m.tolist() for m in index_maps(heads + width, width[0])] == [[0, 1, 2, 0, 1, 2]]
     assert [m.tolist() for m in index_maps(concat([width, heads, width]), width[0])] == [[0, 1, 2, -1, -1, 0, 1, 2]]
+
+
+# -- single positions ------------------------------------------------------------------------------
+
+
+def test_an_axis_added_to_its_reverse_is_pruned_by_pairs() -> None:
+    dims = Dims()
+    axis = dims.fresh(5)
+    cells = dims.unroll(axis, WHY)
+    assert cells is not None
+    assert dims.unify(axis, concat(reversed(cells)), WHY)
+    assert dims.join([axis], variables(resolve(axis)))
+    (pairs, middle, again) = resolve(axis)[0].blocks
+    assert repr(again[0]) == f"{pairs[0]}[1,0]"
+    keep = {pairs[0]: np.array([False, True])}
+    assert mask_of(axis, keep).tolist() == [False, True, True, True, False]
+    assert kept_size(axis, {pairs[0]: 1}) == 3
+    assert [m.tolist() for m in index_maps(axis, pairs[0])] == [[0, 1, -1, 1, 0]]
+    assert term_size(middle) == 1
+
+
+def test_what_is_seen_alone_stays_a_variable_of_its_own() -> None:
+    dims = Dims()
+    axis = dims.fresh(6)
+    pieces = dims.pieces(axis, [1, 2, 3], WHY)
+    assert pieces is not None
+    assert dims.join([axis, pieces[2]], variables(resolve(axis)))
+    assert resolve(pieces[0]) != resolve(pieces[2])
+    assert repr(resolve(axis)) == f"(({resolve(axis)[0].blocks[0][0]}|{pieces[2][0]}),)"
+    assert [term_size(block) for block in resolve(axis)[0].blocks] == [3, 3]
+
+
+def test_factors_beside_a_block_keep_it_apart() -> None:
+    dims = Dims()
+    a, b, width = dims.fresh(2), dims.fresh(3), dims.fresh(4)
+    assert not dims.join([concat([a + width, b])], [a[0], b[0]])
+    assert dims.join([concat([a + width, b + width])], [a[0], b[0]])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.permutations(range(8)), st.permutations(range(8)), st.data())
+def test_joined_orbits_are_what_permutations_leave(one: list[int], other: list[int], data: st.DataObject) -> None:
+    """Against union-find: positions that two permutations of an axis tie lose or keep their index together."""
+    dims = Dims()
+    axis = dims.fresh(8)
+    cells = dims.unroll(axis, WHY)
+    assert cells is not None
+    seen = [axis, concat(cells[i] for i in one)]
+    dims.unify(axis, concat(cells[i] for i in other), WHY)
+    dims.join(seen, variables(resolve(axis)))
+    orbit = list(range(8))
+    for _ in range(8):
+        for i, j in enumerate(other):
+            orbit[i] = orbit[j] = min(orbit[i], orbit[j])
+    free = set(variables(resolve(axis)))
+    keep = {var: np.array(data.draw(st.lists(st.booleans(), min_size=int(var.size), max_size=int(var.size)))) for var in free}
+    mask = mask_of(axis, keep)
+    assert all(mask[i] == mask[orbit[i]] for i in range(8))
+    assert sum(int(var.size) for var in free) == len(set(orbit))
+    assert mask_of(seen[1], keep).tolist() == mask[list(one)].tolist()
+    for term in seen:
+        assert kept_size(term, {var: int(mask.sum()) for var, mask in keep.items()}) == mask_of(term, keep).sum()
 
 
 # -- the algebra, for random terms ----------------------------------------------------------------

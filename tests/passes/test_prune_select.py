@@ -9,6 +9,7 @@ from irprune_passes.prune.select import Filter, select, units
 from prune_toys import Toy, convolutions, mlp, toy, transformer
 from torch import Tensor, cat, nn
 
+from irprune.backend.multiples import Multiples
 from irprune.errors import NothingPrunableError, OptionError
 from irprune.ir.facts import Groups
 
@@ -112,7 +113,7 @@ def test_where_all_is_frozen_the_error_leads_to_explain() -> None:
 
 def unit(on: Toy, round_to: int, *kinds: str) -> dict[str, int]:
     groups = [group for group in on.groups.prunable if group.kind in kinds]
-    return {name: number for name, number in units(on.program, groups, round_to).items() if name.endswith("0")}
+    return {name: number for name, number in units(on.program, groups, Multiples(round_to, round_to)).items() if name.endswith("0")}
 
 
 def test_units_make_the_tensor_axes_multiples_not_the_groups() -> None:
@@ -162,13 +163,13 @@ def test_a_concatenation_within_an_index_counts_with_its_whole_size() -> None:
     on = toy(Rotated, 2, 5)
     heads, half = on.groups.prunable
     assert (heads.size, half.size) == (4, 4)
-    assert units(on.program, [heads], 8) == {heads.name: 1}
-    assert units(on.program, [heads], 16) == {heads.name: 2}
-    assert units(on.program, [half], 8) == {half.name: 2}
-    assert units(on.program, [heads, half], 8) == {heads.name: 8, half.name: 2}
+    assert units(on.program, [heads], Multiples(8, 8)) == {heads.name: 1}
+    assert units(on.program, [heads], Multiples(16, 16)) == {heads.name: 2}
+    assert units(on.program, [half], Multiples(8, 8)) == {half.name: 2}
+    assert units(on.program, [heads, half], Multiples(8, 8)) == {heads.name: 8, half.name: 2}
 
 
 def test_numbers_of_experts_stay_unrounded() -> None:
     on = mlp()
     experts = [dataclasses.replace(group, kind="experts") for group in on.groups.prunable]
-    assert set(units(on.program, experts, 8).values()) == {1}
+    assert set(units(on.program, experts, Multiples(8, 8)).values()) == {1}

@@ -330,7 +330,7 @@ def test_scores_can_be_measured_again_on_a_smaller_program(toy: tuple[Program, G
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"criterion": "tailor"}, "there is no criterion of this name; known: magnitude, random, taylor"),
+        ({"criterion": "tailor"}, "there is no criterion of this name; known: activation, fpgm, magnitude, obs, random, slimming, taylor"),
         ({"criterion": "random", "p": 1}, "criterion 'random' has no option 'p'"),
         ({"order": 2}, "criterion 'magnitude' has no option 'order'"),
         ({"criterion": "taylor", "ordr": 2}, "criterion 'taylor' has no option 'ordr'; did you mean 'order'"),

@@ -532,7 +532,7 @@ case(
 )
 case(
     "batch_norm/batch statistics over features",
-    "",
+    "ffn:8~",
     SEQUENCE,
     lambda n, x: n.linear(n.layer(lambda: torch.nn.BatchNorm1d(5, track_running_stats=False))(n.linear(x, 8)), 2),
 )
@@ -563,7 +563,7 @@ case(
 case("instance_norm", "conv:8", IMAGE, lambda n, x: n.conv(n.layer(lambda: torch.nn.InstanceNorm2d(8, affine=True))(n.conv(x, 8, 3)), 2))
 case(
     "instance_norm/over features",
-    "",
+    "ffn:8~",
     SEQUENCE,
     lambda n, x: n.linear(n.layer(lambda: torch.nn.InstanceNorm1d(5, affine=True))(n.linear(x, 8)), 2),
 )

@@ -149,8 +149,8 @@ case("slice/overlapping reads", "ffn:3 ffn:3 ffn:2", ROWS, sliced(8, slice(0, 5)
 case("slice/shifted by three", "ffn:2", ROWS, multiplied(8, slice(0, 5), slice(3, None)))
 case("slice/from the end", "ffn:5 ffn:2", ROWS, sliced(8, slice(-3, None), slice(None, -2)))
 case("slice/even and odd", "ffn:4", ROWS, multiplied(8, slice(None, None, 2), slice(1, None, 2)))
-case("slice/steps that do not divide", "", ROWS, sliced(8, slice(None, None, 3), slice(2, None, 3)))
-case("slice/steps inside", "", ROWS, sliced(8, slice(2, 6, 2)))
+case("slice/steps that do not divide", "ffn:3 other:3 ffn:2", ROWS, sliced(8, slice(None, None, 3), slice(2, None, 3)))
+case("slice/steps inside", "other:6 ffn:2", ROWS, sliced(8, slice(2, 6, 2)))
 case("slice/beyond the end", "ffn:3 ffn:5", ROWS, sliced(8, slice(0, 3), slice(3, 100)))
 case("slice/empty", "ffn:8", ROWS, lambda n, x: n.linear((lambda h: torch.cat([h[:, :8], h[:, 8:]], -1))(n.linear(x, 8)), 3))
 case(
@@ -172,7 +172,7 @@ case(
     ROWS,
     lambda n, x: (lambda h: n.linear(h.narrow(1, 2, 4), 3) + n.linear(h.narrow(1, -3, 3), 3))(n.linear(x, 8)),
 )
-case("narrow_copy", "ffn:3 other:2 other:3", ROWS, lambda n, x: n.linear(aten.narrow_copy(n.linear(x, 8), 1, 2, 3), 3))
+case("narrow_copy", "ffn:3 other:5", ROWS, lambda n, x: n.linear(aten.narrow_copy(n.linear(x, 8), 1, 2, 3), 3))
 case("select", "ffn:4", ROWS, lambda n, x: n.linear((lambda h: h[:, 0] * h[:, -1])(n.linear(x, 8).view(-1, 2, 4)), 3))
 case("select_copy", "ffn:4", ROWS, lambda n, x: n.linear(aten.select_copy(n.linear(x, 8).view(-1, 2, 4), 1, 0), 3))
 case("unbind", "ffn:4", ROWS, lambda n, x: n.linear((lambda a, b: a * b)(*n.linear(x, 8).view(-1, 2, 4).unbind(1)), 3))
@@ -301,10 +301,11 @@ case(
 
 # -- permuting -------------------------------------------------------------------------------------
 
-case("roll", "ffn:5 ffn:3", ROWS, lambda n, x: n.linear(n.linear(x, 8).roll(3, -1), 3))
+case("roll", "ffn:8", ROWS, lambda n, x: n.linear(n.linear(x, 8).roll(3, -1), 3))
 case("roll/by half, added", "residual:4", ROWS, lambda n, x: n.linear((lambda h: h.roll(4, -1) + h)(n.linear(x, 8)), 3))
-case("roll/two axes", "ffn:6 ffn:2", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).roll((1, 2), (1, 2)), 3))
-case("roll/back and forth", "ffn:2 ffn:6", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).roll(-2, -1).relu().roll(2, -1), 3))
+case("roll/all the way round", "residual:4", ROWS, lambda n, x: n.linear((lambda h: h + h.roll(4, -1))(n.linear(x, 4)), 3))
+case("roll/two axes", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).roll((1, 2), (1, 2)), 3))
+case("roll/back and forth", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).roll(-2, -1).relu().roll(2, -1), 3))
 case("roll/everything", "", ROWS, lambda n, x: n.linear(n.linear(x, 8).roll(3), 3))
 case("flip/of space", "conv:4", IMAGE, lambda n, x: n.conv(n.conv(x, 4).flip(2, 3), 3))
 case("pixel_shuffle", "conv:2", IMAGE, lambda n, x: n.conv(F.pixel_shuffle(n.conv(x, 8), 2), 3))
@@ -435,7 +436,7 @@ case(
     dynamic=STATIC,
 )
 case("index", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8)[:, torch.tensor([0, 4, 4])], 3))
-case("index/features", "ffn:3", ROWS, lambda n, x: n.linear(n.linear(x, 8)[:, torch.tensor([0, 4, 4])], 3))
+case("index/features", "other:6", ROWS, lambda n, x: n.linear(n.linear(x, 8)[:, torch.tensor([0, 4, 4])], 3))
 case(
     "index/two, apart",
     "ffn:8",
@@ -518,7 +519,8 @@ case(
 )
 case("sort", "", ROWS, lambda n, x: n.linear(n.linear(x, 8).sort(-1).values, 3))
 case("sort/of another axis", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).sort(1).values, 3))
-case("topk", "", ROWS, lambda n, x: n.linear(n.linear(x, 8).topk(3, -1).values, 3))
+case("topk", "other:8~", ROWS, lambda n, x: n.linear(n.linear(x, 8).topk(3, -1).values, 3), least=3)
+case("topk/the smallest", "other:8~", ROWS, lambda n, x: n.linear(n.linear(x, 8).topk(3, -1, False).values, 3), least=3)
 case("topk/of another axis", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).topk(2, 1).values, 3))
 case(
     "argsort msort",
@@ -634,3 +636,53 @@ case(
     ROWS,
     lambda n, x: n.linear((lambda cell: cell(x, cell(x, n.linear(x, 8))))(n.layer(lambda: nn.GRUCell(4, 8))), 3),
 )
+
+
+# -- complex numbers -----------------------------------------------------------------------------
+
+
+def turned(n: Net, x: Tensor) -> Tensor:
+    """Rotary embedding in complex numbers: pairs of features go together."""
+    z = torch.view_as_complex(n.linear(x, 8).reshape(3, 4, 2))
+    z = z * torch.polar(torch.ones(4, dtype=x.dtype), n.parameter(4))
+    return n.linear(torch.view_as_real(z).flatten(-2), 3)
+
+
+case("view_as_complex polar view_as_real", "ffn:4", ROWS, turned, dynamic=STATIC)
+
+
+def parts(n: Net, x: Tensor) -> Tensor:
+    z = torch.complex(n.linear(x, 4), n.linear(x, 4))
+    angle = z.angle()
+    z = torch.ops.aten.conj_physical(torch.ops.aten._conj(z) * z).conj()
+    z = torch.ops.aten._neg_view(z).resolve_conj().resolve_neg()
+    return n.linear(z.real, 3) + n.linear(z.imag, 3) + n.linear(angle, 3)
+
+
+case("complex conj_physical _conj _neg_view resolve_conj resolve_neg real imag angle", "ffn:4", ROWS, parts, zeroing=False)
+
+
+def spectra(apply: Callable[[Tensor], Tensor], *back: Callable[[Tensor], Tensor]) -> Callable[[Net, Tensor], Tensor]:
+    def fn(n: Net, x: Tensor) -> Tensor:
+        h = apply(n.linear(x, 4).transpose(1, 2))
+        for step in back:
+            h = step(h)
+        return n.linear(torch.view_as_real(h).sum(-1).transpose(1, 2) if h.is_complex() else h.transpose(1, 2), 3)
+
+    return fn
+
+
+for _name, _steps in {
+    "fft_fft fft_ifft": (torch.fft.fft, torch.fft.ifft),
+    "fft_rfft fft_irfft": (torch.fft.rfft, torch.fft.irfft),
+    "fft_hfft fft_ihfft": (torch.fft.ihfft, torch.fft.hfft),
+}.items():
+    case(_name, "ffn:4", SEQUENCE, spectra(*_steps), zeroing=False, dynamic=STATIC)
+
+for _name, _steps in {
+    "fft_fft2 fft_ifft2": (torch.fft.fft2, torch.fft.ifft2),
+    "fft_rfft2 fft_irfft2": (torch.fft.rfft2, torch.fft.irfft2),
+    "fft_fftn fft_ifftn": (torch.fft.fftn, torch.fft.ifftn),
+    "fft_rfftn fft_irfftn": (torch.fft.rfftn, torch.fft.irfftn),
+}.items():
+    case(_name, "", SEQUENCE, spectra(*_steps), zeroing=False, dynamic=STATIC)

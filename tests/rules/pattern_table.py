@@ -207,7 +207,7 @@ def one_key_for_all_queries(n: Net, x: Tensor) -> Tensor:
     return n.linear(sdpa(q, k, v), 3)
 
 
-@pattern("head_dim:4 heads:2", SEQUENCE)
+@pattern("head_dim:4 heads:2 query_heads:2", SEQUENCE)
 def grouped_queries_fused_within_groups(n: Net, x: Tensor) -> Tensor:
     fused = n.linear(x, 32).view(-1, 5, 2, 4, 4)
     q = fused[:, :, :, :-2].flatten(2, 3).transpose(1, 2)
@@ -404,6 +404,123 @@ def mixing_over_positions(n: Net, x: Tensor) -> Tensor:
     return n.linear(h, 2)
 
 
+# -- single positions ------------------------------------------------------------------------------
+
+PAIRS = torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])
+CYCLES = torch.tensor([3, 0, 1, 2, 5, 6, 7, 4])
+
+
+@pattern("ffn:8", ROWS)
+def channels_reversed(n: Net, x: Tensor) -> Tensor:
+    return n.linear(F.relu(n.linear(x, 8)).flip(-1), 3)
+
+
+@pattern("residual:4", ROWS)
+def channels_added_to_their_mirror(n: Net, x: Tensor) -> Tensor:
+    h = n.linear(x, 8)
+    return n.linear(h + h.flip(-1), 3)
+
+
+@pattern("residual:3~", ROWS)
+def an_odd_number_of_channels_mirrored(n: Net, x: Tensor) -> Tensor:
+    h = n.linear(x, 7)
+    return n.linear(F.layer_norm(h + h.flip(-1), (7,)), 3)
+
+
+@pattern("ffn:8", ROWS)
+def channels_rolled(n: Net, x: Tensor) -> Tensor:
+    return n.linear(n.linear(x, 8).roll(3, -1), 3)
+
+
+@pattern("ffn:2", ROWS)
+def channels_added_to_what_is_rolled_by_two(n: Net, x: Tensor) -> Tensor:
+    h = n.linear(x, 8)
+    return n.linear(h.tanh() + h.roll(2, -1), 3)
+
+
+@pattern("conv:4 conv:8", IMAGE)
+def windows_shifted(n: Net, x: Tensor) -> Tensor:
+    h = n.conv(n.conv(x, 4).roll((1, 2), (2, 3)), 8)
+    return n.conv(h.roll((-1, -2), (2, 3)), 2)
+
+
+@pattern("ffn:8", ROWS)
+def channels_in_a_constant_order(n: Net, x: Tensor) -> Tensor:
+    return n.linear(F.relu(n.linear(x, 8))[:, CYCLES], 3)
+
+
+@pattern("residual:4 ffn:5", ROWS)
+def channels_added_to_their_partner(n: Net, x: Tensor) -> Tensor:
+    h = n.linear(x, 8)
+    return n.linear(n.linear(h + h[:, PAIRS], 5), 3)
+
+
+@pattern("ffn:2", ROWS)
+def channels_multiplied_around_cycles(n: Net, x: Tensor) -> Tensor:
+    h = n.linear(x, 8)
+    return n.linear(h * h.index_select(1, CYCLES).sigmoid(), 3)
+
+
+@pattern("conv:8", IMAGE)
+def order_in_a_buffer(n: Net, x: Tensor) -> Tensor:
+    h = n.conv(n.conv(x, 8)[:, n.indices(8)], 8, 3, groups=8)
+    return n.conv(h, 2)
+
+
+@pattern("ffn:5 other:3", ROWS)
+def some_channels_chosen(n: Net, x: Tensor) -> Tensor:
+    return n.linear(n.linear(x, 8).index_select(1, torch.tensor([6, 0, 3, 2, 7])), 3)
+
+
+@pattern("ffn:5 ffn:4", ROWS)
+def every_other_of_an_odd_number(n: Net, x: Tensor) -> Tensor:
+    h = n.linear(x, 9)
+    return n.linear(h[:, ::2].tanh(), 3) + n.linear(h[:, 1::2], 3)
+
+
+@pattern("head_dim:2 heads:4 head_dim:2", SEQUENCE)
+def heads_in_a_constant_order(n: Net, x: Tensor) -> Tensor:
+    q, k, v = qkv(n, x, 8, 4)
+    order = torch.tensor([2, 0, 3, 1])
+    return n.linear(sdpa(q[:, order], k[:, order], v.flip(1)), 3)
+
+
+@pattern("conv:4 conv:2 conv:4", IMAGE)
+def shuffle_by_the_operation(n: Net, x: Tensor) -> Tensor:
+    h = F.channel_shuffle(n.conv(x, 8, groups=1), 4)
+    return n.conv(n.conv(h.relu(), 8, 3, groups=2), 3)
+
+
+@pattern("conv:2 conv:2 conv:3", IMAGE)
+def shuffle_whose_groups_overlap(n: Net, x: Tensor) -> Tensor:
+    h = n.conv(x, 24).view(-1, 4, 6, 6, 6).transpose(1, 2).reshape(-1, 24, 6, 6)
+    return n.conv(n.conv(h, 12, groups=4), 3)
+
+
+@pattern("ffn:8 other:3", ROWS)
+def features_tiled(n: Net, x: Tensor) -> Tensor:
+    return n.linear(n.linear(x, 8).repeat(1, 3) * n.parameter(24), 3)
+
+
+@pattern("ffn:8", ROWS)
+def gate_by_half_slices(n: Net, x: Tensor) -> Tensor:
+    h = n.linear(x, 16)
+    return n.linear(h[..., 8:] * F.gelu(h[..., :8]), 3)
+
+
+@pattern("ffn:6 ffn:4", ROWS)
+def sums_of_all_pairs(n: Net, x: Tensor) -> Tensor:
+    a, b = n.linear(x, 6), n.linear(x, 4)
+    return n.linear(F.relu(a[:, :, None] + b[:, None, :]).flatten(1), 3)
+
+
+@pattern("ffn:6 ffn:5", SEQUENCE)
+def broadcast_against_missing_axes(n: Net, x: Tensor) -> Tensor:
+    scale = n.linear(x.mean(1), 6)[:, None]
+    h = n.linear(x, 6) * scale + n.parameter(1, 6) - n.buffer(1, 1, 6)
+    return n.linear((h[..., None] * n.linear(x, 5)[:, :, None, :]).sum(1).flatten(1), 3)
+
+
 # -- convolutions ----------------------------------------------------------------------------------
 
 
@@ -446,6 +563,75 @@ def signal_with_transposed_convolution(n: Net, x: Tensor) -> Tensor:
 @pattern("conv:8", IMAGE)
 def batch_norm_and_a_buffer(n: Net, x: Tensor) -> Tensor:
     return n.conv(n.layer(lambda: nn.BatchNorm2d(8))(n.conv(x, 8)).relu() * n.buffer(8, 1, 1), 2)
+
+
+@pattern("conv:4 norm_groups:3 conv:2~", IMAGE)
+def group_norm_groups_and_channels_within(n: Net, x: Tensor) -> Tensor:
+    h = n.conv(n.conv(x, 4), 6, 3, padding=1)
+    return n.conv(n.layer(lambda: nn.GroupNorm(3, 6))(h).relu(), 2)
+
+
+@pattern("conv:2 conv:3 conv:4", IMAGE)
+def grouped_convolution_groups_and_channels_within(n: Net, x: Tensor) -> Tensor:
+    return n.conv(n.conv(n.conv(x, 6).relu(), 12, 3, groups=3), 2)
+
+
+@pattern("conv:4 conv:8", IMAGE)
+def pixel_unshuffle_downsampling(n: Net, x: Tensor) -> Tensor:
+    return n.conv(F.relu(n.conv(F.pixel_unshuffle(n.conv(x, 4), 2), 8)), 3)
+
+
+@pattern("conv:4 conv:6", (tensor(2, 2, 4, 6, 6),))
+def volume_with_batch_norm(n: Net, x: Tensor) -> Tensor:
+    h = n.layer(lambda: nn.BatchNorm3d(4))(n.conv(x, 4, 3, rank=3, padding=1)).relu()
+    return n.conv(F.max_pool3d(n.conv(h, 6, rank=3), 2), 2, rank=3)
+
+
+@pattern("conv:4 conv:2 conv:2", SIGNAL)
+def grouped_transposed_convolution(n: Net, x: Tensor) -> Tensor:
+    h = n.conv(n.conv(x, 8, rank=1), 8, 4, rank=1, transposed=True, stride=2, groups=4)
+    return n.conv(h.relu(), 2, rank=1)
+
+
+@pattern("ffn:8 ffn:4 conv:6", ROWS)
+def vector_to_image(n: Net, x: Tensor) -> Tensor:
+    h = n.linear(F.relu(n.linear(x, 8)), 36).view(-1, 4, 3, 3)
+    return n.conv(n.conv(h, 6, 2, transposed=True, stride=2).relu(), 2)
+
+
+@pattern("conv:6 conv:6", IMAGE)
+def instance_norm_and_slopes(n: Net, x: Tensor) -> Tensor:
+    h = n.layer(lambda: nn.InstanceNorm2d(6, affine=True))(n.conv(x, 6, 3))
+    return n.conv(n.layer(lambda: nn.PReLU(6))(n.conv(n.layer(lambda: nn.PReLU(6))(h), 6)), 2)
+
+
+# -- recurrence ------------------------------------------------------------------------------------
+
+
+@pattern("ffn:6", SEQUENCE)
+def recurrent_units(n: Net, x: Tensor) -> Tensor:
+    return n.linear(n.layer(lambda: nn.LSTM(6, 6, batch_first=True))(x)[0], 3)
+
+
+@pattern("ffn:5 ffn:4", SEQUENCE)
+def gated_recurrent_units_in_both_directions(n: Net, x: Tensor) -> Tensor:
+    h = n.layer(lambda: nn.GRU(5, 4, batch_first=True, bidirectional=True))(n.linear(x, 5))[0]
+    return n.linear(h, 3)
+
+
+@pattern("ffn:4 ffn:5", SEQUENCE)
+def last_state_of_a_recurrent_layer(n: Net, x: Tensor) -> Tensor:
+    _, (h, _) = n.layer(lambda: nn.LSTM(6, 4, batch_first=True))(x)
+    return n.linear(F.relu(n.linear(h[-1], 5)), 3)
+
+
+@pattern("ffn:5", SEQUENCE, dynamic=STATIC)
+def recurrent_cell_in_a_loop(n: Net, x: Tensor) -> Tensor:
+    cell = n.layer(lambda: nn.GRUCell(6, 5))
+    h = torch.zeros(x.shape[0], 5, dtype=x.dtype)
+    for step in range(3):
+        h = cell(x[:, step], h)
+    return n.linear(h, 3)
 
 
 # -- weights that are computed or shared -----------------------------------------------------------
@@ -535,6 +721,38 @@ def soft_mixture_of_experts(n: Net, x: Tensor) -> Tensor:
     return (answers * n.linear(x, 4).softmax(-1)[..., None]).sum(1)
 
 
+@pattern("experts:4~ ffn:8", ROWS, least=2)
+def neurons_of_experts_that_are_picked(n: Net, x: Tensor) -> Tensor:
+    top, which = n.linear(x, 4).softmax(-1).topk(2, -1)
+    gate = torch.zeros(x.shape[0], 4, dtype=x.dtype).scatter(-1, which, top)
+    hidden = torch.einsum("bi,eio->beo", x, n.parameter(4, 4, 8)).relu()
+    answers = torch.einsum("beo,eop->bep", hidden, n.parameter(4, 8, 3))
+    return (answers * gate[..., None]).sum(1)
+
+
+@pattern("ffn:6 ffn:5 ffn:7", ROWS)
+def experts_one_after_another(n: Net, x: Tensor) -> Tensor:
+    gate = n.linear(x, 3).softmax(-1)
+    return sum(gate[:, i, None] * n.linear(F.relu(n.linear(x, width)), 3) for i, width in enumerate((6, 5, 7)))
+
+
+@pattern("ffn:8", ROWS)
+def parametrised_weight(n: Net, x: Tensor) -> Tensor:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight.tanh()
+
+    layer = n.layer(lambda: nn.utils.parametrize.register_parametrization(nn.Linear(4, 8), "weight", Doubled()))
+    return n.linear(layer(x), 3)
+
+
+@pattern("heads:2 head_dim:4 head_dim:4", SEQUENCE)
+def attention_by_einsum(n: Net, x: Tensor) -> Tensor:
+    q, k, v = (n.linear(x, 8).view(-1, 5, 2, 4) for _ in range(3))
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 2).softmax(-1)
+    return n.linear(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2), 3)
+
+
 # -- what is written in place, reduced or read twice -----------------------------------------------
 
 
@@ -616,3 +834,55 @@ def distances_between_pairs(n: Net, x: Tensor, y: Tensor) -> Tensor:
 def sizes_written_as_numbers(n: Net, x: Tensor) -> Tensor:
     h = n.linear(x, 8).reshape(3, 1, 8).expand(3, 2, 8).reshape(6, 8)
     return n.linear(h + torch.zeros(6, 8, dtype=x.dtype), 3)
+
+
+@pattern("ffn:8", ROWS)
+def rows_split_at_a_computed_place(n: Net, x: Tensor) -> Tensor:
+    """As routed experts split their rows: lengths are read from contents, the width shrinks."""
+    first = (x[:, 0] > 0).sum()
+    lengths = torch.stack([first, 3 - first]).tolist()
+    for length in lengths:
+        torch._check(length >= 0)
+    low, high = n.linear(x, 8).split(lengths)
+    return n.linear(low.relu(), 3).sum(0) + n.linear(high.tanh(), 3).sum(0)
+
+
+# -- routing ---------------------------------------------------------------------------------------
+
+
+def routed(n: Net, x: Tensor, count: int = 4) -> tuple[Tensor, Tensor]:
+    """The two experts that each row goes to, and their weights."""
+    return n.linear(x, count).softmax(-1).topk(2, -1)
+
+
+@pattern("experts:4~ ffn:5", ROWS, least=2)
+def experts_whose_weights_are_gathered(n: Net, x: Tensor) -> Tensor:
+    weights, chosen = routed(n, x)
+    h = torch.einsum("ri,rkio->rko", x, n.parameter(4, 4, 5)[chosen]).relu() + n.parameter(4, 5)[chosen]
+    return (torch.einsum("rki,rkio->rko", h, n.parameter(4, 5, 3)[chosen]) * weights[..., None]).sum(1)
+
+
+@pattern("experts:4~ ffn:5", ROWS, least=2)
+def experts_weighted_where_they_are_chosen(n: Net, x: Tensor) -> Tensor:
+    weights, chosen = routed(n, x)
+    dense = torch.zeros(3, 4, dtype=x.dtype).scatter(1, chosen, weights)
+    h = torch.einsum("ri,eio->reo", x, n.parameter(4, 4, 5)).relu()
+    return (torch.einsum("rei,eio->reo", h, n.parameter(4, 5, 3)) * dense[..., None]).sum(1)
+
+
+@pattern("experts:4~", ROWS, least=2)
+def experts_told_apart_by_classes(n: Net, x: Tensor) -> Tensor:
+    weights, chosen = routed(n, x)
+    return (F.one_hot(chosen, 4).to(x.dtype) * weights[..., None]).sum(1) @ n.parameter(4, 3)
+
+
+@pattern("", ROWS)
+def the_number_of_an_expert_is_told(n: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    weights, chosen = routed(n, x)
+    return (n.parameter(4, 3)[chosen] * weights[..., None]).sum(1), chosen
+
+
+@pattern("", ROWS)
+def the_number_of_an_expert_is_compared(n: Net, x: Tensor) -> Tensor:
+    weights, chosen = routed(n, x)
+    return (weights * (chosen == 1)).sum(-1, keepdim=True) + n.linear(x, 3)

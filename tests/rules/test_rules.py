@@ -13,7 +13,7 @@ from nets import check_all, check_zeroing, net, text
 from op_table import CASES, Case
 
 from irprune.analysis.groups import discover
-from irprune.rules.registry import op_name, registry
+from irprune.rules.registry import OpRule, op_name, registry
 
 # Rules without a row, and why.
 ELSEWHERE = {
@@ -42,10 +42,16 @@ def test_slicing_what_is_tied_is_slicing_the_answer(case: Case) -> None:
         check_zeroing(program, groups)
 
 
+def _ours(rule: OpRule) -> bool:
+    """Whether the rule is irprune's own: another test of the same process may have added some."""
+    functions = (rule.infer, rule.resize, rule.renormalise)
+    return any(function.__module__.startswith("irprune.") for function in functions if function is not None)
+
+
 def test_every_rule_has_a_row() -> None:
     covered = {name for case in CASES for name in case.ops} | set(ELSEWHERE)
     inplace = {name for name in covered if name.endswith("_")}
-    rules = set(registry()._rules)
+    rules = {name for name, rule in registry()._rules.items() if _ours(rule)}
     assert rules - covered == set()
     assert covered - rules - inplace == set(), "a row or reason without a rule"
 

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch.utils import _pytree as pytree
 
 from irprune.analysis.cost import Cost
 from irprune.analysis.groups import discover
 from irprune.backend.checkpoint import Recipe, shapes
-from irprune.backend.proof import prove
+from irprune.backend.proof import prove, renumber
 from irprune.backend.rewrite import remove
-from irprune.ir.dims import Mask, Var
-from irprune.ir.facts import Groups, Original, Plan, PruneReport, Task
+from irprune.ir.dims import Mask, Var, mask_of
+from irprune.ir.facts import Fact, Groups, Note, Original, Plan, PruneReport, Task, Workspace
 from irprune.ir.program import Program
+from irprune.pipeline.files import write_text
 from irprune.pipeline.passes import Facts
 from irprune.rules.infer import typed
 from irprune_passes.prune.lineage import ancestors, compose
+
+MAP = "vocabulary.json"
+"""What a cut vocabulary is written to: the old id of each new one."""
+
+
+@dataclass(frozen=True)
+class Trimmed(Note):
+    """What became of the interface.
+
+    Attributes:
+        input: The input whose ids are numbered anew; ``None`` where the vocabulary stays.
+        ids: For each new id the old one.
+        positions: Rows that each positional table keeps; ``None`` where they all stay.
+    """
+
+    input: str | None = None
+    ids: tuple[int, ...] = field(default=(), repr=False)
+    positions: int | None = None
+
+    def manifest(self) -> dict[str, Any]:
+        cut: dict[str, Any] = {}
+        if self.input is not None:
+            cut["vocabulary"] = {"input": self.input, "tokens": len(self.ids), "map": MAP}
+        if self.positions is not None:
+            cut["positions"] = self.positions
+        return {"trim": cut}
 
 
 def carry_out(program: Program, keep: Mapping[Var, Mask], *, validate: bool, seed: int) -> tuple[Program, dict[str, Any]]:
@@ -104,3 +135,35 @@ def recipe_of(groups: Groups, plan: Plan, after: Program, facts: Facts) -> dict[
     keep = Recipe(earlier.keep, shapes(before)).masks(before, first)
     joint = compose(before, first, keep, ancestors(before, first, keep, groups), plan.keep, after)
     return {group.key: joint[group.var] for group in first if group.var in joint and not np.all(joint[group.var])}
+
+
+def cut_interface(before: Program, after: Program, keep: Mapping[Var, Mask], facts: Facts) -> tuple[Program, list[Fact]]:
+    """What follows from a cut of the vocabulary or of positions: example inputs, the map, what is known of data.
+
+    Args:
+        before: The program, typed with the cut axes unlocked.
+        after: What is left of it.
+        keep: The masks.
+        facts: The workspace, where the map is written, and the task.
+
+    Returns:
+        The smaller program with example inputs that it can take, and facts.
+    """
+    types = before.typing
+    rows = {kind: mask_of(terms[0], keep) for kind, terms in types.unlocked.items()}
+    cut = {kind: mask for kind, mask in rows.items() if not mask.all()}
+    note = Trimmed(positions=int(cut["positions"].sum()) if "positions" in cut else None)
+    if "vocabulary" not in cut:
+        return after, [note] if cut else []
+    ids = np.flatnonzero(cut["vocabulary"]).tolist()
+    args, kwargs = before.interface.example
+    flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+    example = pytree.tree_unflatten(renumber(before, keep, flat)[1], spec)
+    after = dataclasses.replace(after, interface=dataclasses.replace(after.interface, example=example))
+    found: list[Fact] = [dataclasses.replace(note, input=types.ids, ids=tuple(ids))]
+    workspace, task = facts.get(Workspace), facts.get(Task)
+    if workspace is not None:
+        write_text(workspace.path / MAP, json.dumps({"input": types.ids, "kept": ids}) + "\n")
+    if task is not None:
+        found.append(dataclasses.replace(task, calibration=None, loss=None, evaluate=None))
+    return after, found

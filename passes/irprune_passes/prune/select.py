@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from irprune.analysis.plan import layer_of, layers_of, modules_of
+from irprune.backend.multiples import Multiples
 from irprune.errors import NothingPrunableError, OptionError
-from irprune.ir.dims import Atom, Concat, Term, Var, atom_size, resolve, variables
+from irprune.ir.dims import Atom, Concat, Indexed, Term, Var, atom_size, resolve, variables
 from irprune.ir.facts import Group, Groups
 from irprune.ir.program import Program
 
@@ -93,7 +94,7 @@ def _reasons(program: Program, by: Filter, tensors: Sequence[str]) -> list[Calla
         lambda group: None if not by.include or matches(group, by.include) else "not in `include`",
         lambda group: "in `exclude`" if matches(group, by.exclude) else None,
         lambda group: None if protected.isdisjoint(member.tensor for member in group.members) else "in `protect`",
-        lambda group: None if group.size > by.min_keep else f"with no more than `min_keep` ({by.min_keep}) indices",
+        lambda group: None if group.size > max(by.min_keep, group.least) else f"with no more than `min_keep` ({by.min_keep}) indices",
     ]
 
 
@@ -125,8 +126,10 @@ def _way_on(selection: Selection) -> str:
 # -- rounding ---------------------------------------------------------------------------------------
 
 
-def units(program: Program, chosen: Sequence[Group], round_to: int) -> dict[str, int]:
+def units(program: Program, chosen: Sequence[Group], round_to: Multiples) -> dict[str, int]:
     """For each group the number whose multiples, as kept counts, make tensor axes multiples of ``round_to``.
+
+    Which of the two holds for a group, a kernel among its tensors decides.
 
     Axis sizes of parameters and buffers are meant: 3 heads of 64 need no rounding to 8, since the axis
     is 192 long. Where two chosen variables share an axis, the larger one is rounded first and counts as
@@ -138,7 +141,9 @@ def units(program: Program, chosen: Sequence[Group], round_to: int) -> dict[str,
     for group in sorted(chosen, key=lambda group: -group.size):
         terms = [program.typing.of(program.holders[member.tensor].name)[member.axis] for member in group.members]
         factors = [factor for term in terms for factor in _factors(term, group.var, steady)]
-        unit = 1 if group.kind == "experts" else math.lcm(*(round_to // math.gcd(round_to, factor) for factor in factors))
+        convolves = any(program.tensors[member.tensor].ndim > 2 and member.axis < 2 for member in group.members)
+        multiple = round_to.convolution if convolves and group.kind != "experts" else round_to.product
+        unit = 1 if group.kind == "experts" else math.lcm(*(multiple // math.gcd(multiple, factor) for factor in factors))
         found[group.name] = unit
         steady[group.var] = math.gcd(unit, group.size)
     return found
@@ -151,8 +156,13 @@ def _factors(term: Term, var: Var, steady: Mapping[Var, int]) -> list[int]:
     for i, atom in enumerate(atoms):
         major = math.prod(_steady(other, steady) for other in atoms[:i] if isinstance(other, Var))
         rest = major * math.prod(_steady(other, steady) for other in atoms[i + 1 :])
+        views = [block[0] for block in atom.blocks if len(block) == 1] if isinstance(atom, Concat) else [atom]
+        shown = sum(len(view.positions) for view in views if isinstance(view, Indexed) and view.var is var)
+        if shown:
+            out.append(rest * max(shown // int(var.size), 1))
         if isinstance(atom, Concat):
-            out += [rest * inner for block in atom.blocks for inner in _factors(block, var, steady)]
+            blocks = (block for block in atom.blocks if not (len(block) == 1 and isinstance(block[0], Indexed)))
+            out += [rest * inner for block in blocks for inner in _factors(block, var, steady)]
         elif atom is var:
             out.append(rest)
     return out
@@ -162,6 +172,9 @@ def _steady(atom: Atom, steady: Mapping[Var, int]) -> int:
     """A number that divides the atom's size whatever is removed."""
     if isinstance(atom, Var):
         return steady.get(atom, int(atom.size))
+    if isinstance(atom, Indexed):
+        shown, size = len(atom.positions), int(atom.var.size)
+        return shown // size * steady.get(atom.var, size) if shown % size == 0 else 1
     if steady.keys().isdisjoint(variables((atom,))):
         return int(atom_size(atom))
     return math.gcd(*(math.prod(_steady(inner, steady) for inner in resolve(block)) for block in atom.blocks))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar, Self
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from irprune.ir.facts import Groups, Importance, Task
+from irprune.ir.facts import Fact, Groups, Importance, Task
 from irprune.ir.program import Program
 from irprune.pipeline.passes import Facts, Pass, Result
 from irprune.pipeline.registry import suggestion
+from irprune_passes.score.activation import Statistic, Weighting
 from irprune_passes.score.criteria import Criterion, Power, Study, find
+from irprune_passes.score.obs import AtOnce, Damping
 from irprune_passes.score.reduce import Normaliser, Reduction, normalise
 from irprune_passes.score.taylor import AccumulatorMib, Combine, Fisher, Mode, Order
 
@@ -20,7 +23,8 @@ class Score(Pass):
 
     A criterion measures the slice of each parameter that an index owns, a reduction makes one number
     of the slices of all parameters of the group, and a normaliser makes groups comparable. Buffers do
-    not count. A group that no parameter carries has zeros.
+    not count. Criteria that look at activations measure what reads the group in the place of its
+    parameters. A group that a criterion cannot measure has no score.
 
     Before::  the fact ``Groups``
               ffn0  d1:16  writes fc1.weight:0 fc1.bias:0  reads fc2.weight:1
@@ -39,7 +43,9 @@ class Score(Pass):
     gives: ClassVar = (Importance,)
 
     criterion: str = Field(
-        "magnitude", description="random, magnitude or taylor (needs calibration data and a loss), or one of another package."
+        "magnitude",
+        description="random, magnitude, fpgm, slimming; activation, obs (need calibration data); taylor (needs a loss as well); "
+        "or one of another package.",
     )
     reduce: Reduction = Field(
         "sum",
@@ -55,6 +61,10 @@ class Score(Pass):
     combine: Combine = "batch"
     fisher: Fisher = "mean"
     accumulator_mib: AccumulatorMib = None
+    statistic: Statistic = "norm"
+    weighting: Weighting = "l2"
+    damping: Damping = 0.01
+    at_once: AtOnce = 0.02
 
     @field_validator("criterion")
     @classmethod
@@ -89,13 +99,21 @@ class Score(Pass):
     def run(self, program: Program, facts: Facts) -> Result:
         return Result(program, (self._measure(program, facts[Groups], facts.get(Task)),))
 
+    def revived(self, program: Program, facts: Facts, given: tuple[Fact, ...]) -> tuple[Fact, ...]:
+        task = facts.restricted(self).get(Task)
+
+        def again(smaller: Program, found: Groups) -> Importance:
+            return self._measure(smaller, found, task)
+
+        return tuple(dataclasses.replace(fact, rescore=again) if isinstance(fact, Importance) else fact for fact in given)
+
     def _measure(self, program: Program, groups: Groups, task: Task | None) -> Importance:
         criterion = self.chosen()
         seed = self.seed if self.seed is not None else task.seed if task else 0
         study = Study(program, groups.prunable, task, self.reduce, self.batches, seed)
         measured = criterion.score(study)
-        scores = {group.name: normalise(measured[group.name], self.normalize) for group in study.groups}
+        scores = {group.name: normalise(measured[group.name], self.normalize) for group in study.groups if group.name in measured}
         return Importance(scores, f"{criterion}, {self.reduce}", lambda smaller, found: self._measure(smaller, found, task))
 
 
-_CRITERION_OPTIONS = ("p", "mode", "order", "combine", "fisher", "accumulator_mib")
+_CRITERION_OPTIONS = ("p", "mode", "order", "combine", "fisher", "accumulator_mib", "statistic", "weighting", "damping", "at_once")

@@ -17,6 +17,7 @@ from irprune.errors import DataError
 from irprune.ir.facts import Group, Task
 from irprune.ir.program import Program
 from irprune.pipeline.progress import track
+from irprune_passes.probe import Reader, readers
 from irprune_passes.score.reduce import Array, Quantity, Reduction, Structure, fold, reduce, structures
 
 ENTRY_POINTS = "irprune.criteria"
@@ -47,6 +48,11 @@ class Study:
         return structures(self.program, self.groups)
 
     @cached_property
+    def readers(self) -> tuple[Reader, ...]:
+        """What reads dimensions, in order of execution."""
+        return readers(self.program)
+
+    @cached_property
     def by_tensor(self) -> dict[str, list[int]]:
         """Parameter name to the numbers of its structures."""
         out: dict[str, list[int]] = {}
@@ -55,21 +61,20 @@ class Study:
         return out
 
     @cached_property
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The parameters that have structures, detached.
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """The parameters that have structures, detached; read when they are asked for where the program does not hold them.
 
         Raises:
             DataError: A parameter is on the meta device: it has a shape and no values.
         """
-        out = {name: self.program.tensors[name].detach() for name in self.by_tensor}
-        for name, weight in out.items():
-            if weight.is_meta:
-                raise DataError(
-                    "the parameter is on the meta device and has no values to score",
-                    where=name,
-                    hint="load the model with its weights, or score with criterion=random",
-                )
-        return out
+        if not self.program.has_data:
+            name = next(name for name in self.by_tensor if self.program.tensors[name].is_meta)
+            raise DataError(
+                "the parameter is on the meta device and has no values to score",
+                where=name,
+                hint="load the model with its weights, or score with criterion=random",
+            )
+        return _Weights(self.program, tuple(self.by_tensor))
 
     def folded(self, name: str, quantity: Quantity, *tensors: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """The numbers of a parameter's structures, each with the sums of a quantity per index (:func:`fold`)."""
@@ -103,6 +108,23 @@ class Study:
         }
 
 
+class _Weights(Mapping[str, torch.Tensor]):
+    """Parameters by name, none of them kept."""
+
+    def __init__(self, program: Program, names: tuple[str, ...]) -> None:
+        self._program = program
+        self._names = names
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._program.value(name).detach()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Criterion(BaseModel):
     """A way to score; its fields are its options, set as options of the pass ``score``.
 
@@ -114,7 +136,10 @@ class Criterion(BaseModel):
     name: ClassVar[str]
 
     def score(self, study: Study) -> Mapping[str, Array]:
-        """One score per index of each group of ``study.groups``; the lowest go first."""
+        """One score per index of each group of ``study.groups``; the lowest go first.
+
+        A group that the criterion cannot measure is left out.
+        """
         raise NotImplementedError
 
     def __str__(self) -> str:

@@ -8,22 +8,24 @@ two parts are added up first).
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Collection, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
-from irprune.errors import DataError, IrpruneError
+from irprune.errors import DataError
 from irprune.ir.facts import Task
 from irprune.ir.program import Program
 from irprune.pipeline.progress import track
+from irprune_passes.calibration import blamed, mapped, seeded, taken
+from irprune_passes.score.segments import Segmented
 
 Fold: TypeAlias = Callable[[str, torch.Tensor], None]
+# The outputs on a call's arguments, and what is to be done after the loss has run backward.
+Forward: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, Callable[[], None]]]
 
 
 def backward(
@@ -70,24 +72,23 @@ def backward(
             hint="add `def calibration()` (an iterable of batches) and `def loss(outputs, batch)` to the model file, "
             "or score with criterion=magnitude",
         )
-    device = next(program.tensors[name].device for name in names)
+    device = torch.device("cpu") if program.source is not None else next(program.tensors[name].device for name in names)
     sums: dict[str, torch.Tensor] = {}
 
-    def hook(name: str, parameter: torch.Tensor) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
+    def take(name: str, gradient: torch.Tensor) -> None:
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         sums[name] = gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32))
         fold(name, gradient)
 
     steps = 0
-    with _hooked(program, names, hook), _seeded(seed):
-        for number, batch in enumerate(track(_batches(task, batches), label, batches)):
+    ways = _segmented(program, names, take) if program.source is not None else _hooked(program, names, take)
+    with ways as forward, seeded(seed):
+        for number, batch in enumerate(track(taken(task, batches), label, batches)):
             where = f"calibration batch {number}"
-            batch = _mapped(batch, lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf)
+            batch = mapped(batch, lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf)
             for piece in _samples(program, task, batch, where) if per_sample else (batch,):
                 sums.clear()
-                _step(program, task, piece, where)
+                _step(program, task, piece, where, forward)
                 _check_finite(sums, where)
                 steps += 1
     if steps == 0:
@@ -95,26 +96,27 @@ def backward(
     return steps
 
 
-def _step(program: Program, task: Task, batch: Any, where: str) -> None:
+def _step(program: Program, task: Task, batch: Any, where: str, forward: Forward) -> None:
     """One forward and backward pass; a loss that no wanted parameter reaches has no gradients."""
     assert task.inputs is not None
     assert task.loss is not None
     with torch.enable_grad():
-        with _blamed("the batch does not fit the model", where, "yield batches like the example inputs"):
+        with blamed("the batch does not fit the model", where, "yield batches like the example inputs"):
             args, kwargs = task.inputs(batch)
-            outputs = program(*args, **kwargs)
-        with _blamed("`loss(outputs, batch)` failed", where, "mend the loss of the model file"):
+            outputs, finish = forward(args, kwargs)
+        with blamed("`loss(outputs, batch)` failed", where, "mend the loss of the model file"):
             loss = task.loss(outputs, batch)
         del outputs
         if not (isinstance(loss, torch.Tensor) and loss.numel() == 1 and loss.is_floating_point()):
             found = f"a {loss.dtype} tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise DataError(f"the loss must be one floating-point number, found {found}", where=where, hint="reduce it, as by mean()")
         if not loss.isfinite():
-            bad = next((name for name, tensor in program.tensors.items() if not tensor.isfinite().all()), None)
+            bad = next((name for name in program.tensors if not program.value(name).isfinite().all()), None)
             reason = f"{bad} holds NaN or infinite values" if bad else "all weights are finite"
             raise DataError(f"the loss is {loss.item()}; {reason}", where=where, hint="check the checkpoint, the batch and the loss")
         if loss.requires_grad:
             loss.backward()
+            finish()
 
 
 def _check_finite(sums: dict[str, torch.Tensor], where: str) -> None:
@@ -127,12 +129,6 @@ def _check_finite(sums: dict[str, torch.Tensor], where: str) -> None:
         )
 
 
-def _batches(task: Task, limit: int | None) -> Iterator[Any]:
-    assert task.calibration is not None
-    with _blamed("`calibration()` failed", task.target, "mend the calibration data"):
-        yield from itertools.islice(task.calibration(), limit)
-
-
 def _samples(program: Program, task: Task, batch: Any, where: str) -> Iterator[Any]:
     """The batch cut along axis 0 into batches of one.
 
@@ -140,7 +136,7 @@ def _samples(program: Program, task: Task, batch: Any, where: str) -> Iterator[A
     cut, all else is shared by the samples.
     """
     assert task.inputs is not None
-    with _blamed("the batch does not fit the model", where, "yield batches like the example inputs"):
+    with blamed("the batch does not fit the model", where, "yield batches like the example inputs"):
         leaves = pytree.tree_leaves(task.inputs(batch))
     size = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim), 1)
     if size == 1:
@@ -162,7 +158,7 @@ def _samples(program: Program, task: Task, batch: Any, where: str) -> Iterator[A
             cut = True
             return leaf[index : index + 1]
 
-        piece = _mapped(batch, sample)
+        piece = mapped(batch, sample)
         if not cut:
             raise DataError(
                 f"a batch of type {type(batch).__name__} cannot be cut into samples",
@@ -172,32 +168,25 @@ def _samples(program: Program, task: Task, batch: Any, where: str) -> Iterator[A
         yield piece
 
 
-def _mapped(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply ``change`` to every tensor and array of a pytree, also in mappings that pytrees do not know."""
-
-    def leaf_changed(leaf: Any) -> Any:
-        if isinstance(leaf, MutableMapping):
-            out = copy.copy(leaf)
-            out.update({key: _mapped(value, change) for key, value in leaf.items()})
-            return out
-        return change(leaf) if isinstance(leaf, torch.Tensor | np.ndarray) else leaf
-
-    return pytree.tree_map(leaf_changed, batch)
-
-
 @contextmanager
-def _hooked(program: Program, names: Collection[str], hook: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Only the named parameters get gradients, and each goes to ``hook``."""
+def _hooked(program: Program, names: Collection[str], take: Fold) -> Iterator[Forward]:
+    """Only the named parameters get gradients, and each goes to ``take`` as it appears."""
     parameters = {name: tensor for name, tensor in program.tensors.items() if program.is_parameter(name)}
     before = [(tensor, tensor.requires_grad, tensor.grad) for tensor in parameters.values()]
     handles = []
+
+    def hook(name: str, parameter: torch.Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        take(name, gradient)
+
     try:
         for name, tensor in parameters.items():
             tensor.requires_grad_(name in names)
             tensor.grad = None
             if name in names:
                 handles.append(tensor.register_post_accumulate_grad_hook(lambda parameter, name=name: hook(name, parameter)))
-        yield
+        yield lambda args, kwargs: (program(*args, **kwargs), lambda: None)
     finally:
         for handle in handles:
             handle.remove()
@@ -207,19 +196,16 @@ def _hooked(program: Program, names: Collection[str], hook: Callable[[str, torch
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        yield
+def _segmented(program: Program, names: Collection[str], take: Fold) -> Iterator[Forward]:
+    """The same for a program whose tensors are read when they are needed: one segment of it in memory at a time."""
+    parts = Segmented(program, names, take)
 
+    def forward(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Callable[[], None]]:
+        named = {name: kwargs[name] for name in program.interface.example[1]}
+        found, backward = parts.forward(*pytree.tree_leaves((args, named)))
+        leaves = [leaf.requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf for leaf in found]
+        by_node = dict(zip(parts.results, leaves, strict=True))
+        outputs = program.module.graph.process_outputs(fx.map_arg(parts.output.args[0], by_node.__getitem__))
+        return outputs, lambda: backward([getattr(leaf, "grad", None) for leaf in leaves])
 
-@contextmanager
-def _blamed(what: str, where: str, hint: str) -> Iterator[None]:
-    """Errors of the user's own code, with the place; the exception itself stays visible as the cause."""
-    try:
-        yield
-    except (IrpruneError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise DataError(f"{what}: {type(error).__name__}: {error}", where=where, hint=hint) from error
+    yield forward

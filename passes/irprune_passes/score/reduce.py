@@ -65,12 +65,13 @@ def structures(program: Program, groups: Iterable[Group]) -> tuple[Structure, ..
         for member in group.members:
             if program.is_parameter(member.tensor):
                 tensor = program.tensors[member.tensor]
+                device = torch.device("cpu") if tensor.is_meta else tensor.device
                 length = tensor.shape[member.axis]
                 owned = [index_of[here] * length + here for index_of in member.maps for here in [np.flatnonzero(index_of >= 0)]]
                 indices, positions = np.divmod(np.unique(np.concatenate(owned)), length)
                 lengths = np.bincount(indices, minlength=group.size)
-                moved = torch.from_numpy(positions).to(tensor.device), torch.from_numpy(lengths).to(tensor.device)
-                moved = shared.setdefault((positions.tobytes() + lengths.tobytes(), tensor.device), moved)
+                moved = torch.from_numpy(positions).to(device), torch.from_numpy(lengths).to(device)
+                moved = shared.setdefault((positions.tobytes() + lengths.tobytes(), device), moved)
                 found.append(Structure(group.name, group.size, tensor.numel(), member, *moved))
     return tuple(found)
 
@@ -129,17 +130,32 @@ def reduce(scores: Array, of: Sequence[Structure], how: Reduction) -> Array:
         orders = [of[row].member.order for row in ends]
         order = min(orders) if how == "first" else max(orders)
         return scores[max((row for row in ends if of[row].member.order == order), key=lambda row: (of[row].weights, row))]
+    return combine(scores, how, of[0].group)
+
+
+def combine(scores: Array, how: Reduction, where: str) -> Array:
+    """Rows of scores in order of execution to one row; ``first`` and ``last`` take that row.
+
+    Raises:
+        DataError: A product leaves the range of double precision, so that it no longer ranks.
+    """
     if how == "prod":
         with np.errstate(over="ignore", under="ignore"):
             product = scores.prod(axis=0)
         if not np.isfinite(product).all() or (product == 0).sum() > (scores == 0).any(axis=0).sum():
             raise DataError(
-                f"the product of the scores of {len(of)} structures leaves the range of double precision",
-                where=of[0].group,
+                f"the product of the scores of {len(scores)} structures leaves the range of double precision",
+                where=where,
                 hint="reduce with sum, mean or max",
             )
         return product
-    whole: dict[str, Array] = {"sum": scores.sum(axis=0), "mean": scores.mean(axis=0), "max": scores.max(axis=0)}
+    whole: dict[str, Array] = {
+        "sum": scores.sum(axis=0),
+        "mean": scores.mean(axis=0),
+        "max": scores.max(axis=0),
+        "first": scores[0],
+        "last": scores[-1],
+    }
     return whole[how]
 
 

@@ -92,7 +92,7 @@ class Taylor(Criterion):
     accumulator_mib: AccumulatorMib = None
 
     def score(self, study: Study) -> dict[str, Array]:
-        names = [name for name, weight in study.weights.items() if weight.is_floating_point()]
+        names = [name for name in study.weights if study.program.tensors[name].is_floating_point()]
         sums = [structure.lengths.new_zeros(structure.size, dtype=torch.float64) for structure in study.structures]
         per_weight = self.mode == "element" and (self.order == "mixed" or (self.order == 1 and self.combine == "total"))
         measure = self._accumulate if per_weight else self._stream
@@ -161,7 +161,8 @@ class Taylor(Criterion):
     def _chunks(self, study: Study, names: list[str]) -> list[list[str]]:
         """Parameters whose accumulators fit in the limit together: the largest first, each where there is room."""
         limit = float("inf") if self.accumulator_mib is None else self.accumulator_mib * 2**20
-        sizes = {name: len(self._powers) * study.weights[name].numel() * _wide(study.weights[name]).itemsize for name in names}
+        tensors = study.program.tensors
+        sizes = {name: len(self._powers) * tensors[name].numel() * _wide(tensors[name]).itemsize for name in names}
         chunks: list[list[str]] = []
         for name in sorted(names, key=sizes.__getitem__, reverse=True):
             room = next((chunk for chunk in chunks if sum(sizes[other] for other in chunk) + sizes[name] <= limit), None)

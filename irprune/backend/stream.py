@@ -1,0 +1,196 @@
+"""Write safetensors shards block by block, from tensors that are never in memory as a whole.
+
+A shard appears under its name when it is complete. Its metadata hold a fingerprint of what it was made
+of, so that an interrupted write goes on with the shards that are missing; the bytes are the same as
+those of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from irprune.pipeline.files import atomic, sha256, write_text
+from irprune.pipeline.progress import track
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BLOCK = 4 * 2**20
+# Names of the safetensors format.
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to write.
+
+    Attributes:
+        name: Its name in the file.
+        dtype: Its type.
+        shape: Its shape.
+        read: Rows ``start`` to ``stop`` along axis 0; the whole of a tensor without axes.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[int, int | None], torch.Tensor] = field(repr=False)
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def blocks(self) -> Iterator[tuple[int, int | None]]:
+        """Ranges of rows of about :data:`BLOCK` bytes."""
+        if not self.shape or not self.size_bytes:
+            yield 0, None
+            return
+        rows = max(1, BLOCK * self.shape[0] // self.size_bytes)
+        for start in range(0, self.shape[0], rows):
+            yield start, min(start + rows, self.shape[0])
+
+
+def plan(entries: Sequence[Entry], most: int) -> list[list[Entry]]:
+    """Entries by shard: in order, each shard of at most ``most`` bytes unless one tensor is larger."""
+    out: list[list[Entry]] = []
+    size = 0
+    for entry in entries:
+        if not out or size + entry.size_bytes > most:
+            out.append([])
+            size = 0
+        out[-1].append(entry)
+        size += entry.size_bytes
+    return out
+
+
+def write(folder: Path, entries: Sequence[Entry], *, most: int, fingerprint: str) -> dict[str, str]:
+    """Write a checkpoint's weights as Hugging Face names its files.
+
+    Args:
+        folder: The directory. Complete shards of the same fingerprint that lie in it are kept.
+        entries: The tensors.
+        most: Bytes of a shard.
+        fingerprint: What the weights are made of: another one makes every shard new.
+
+    Returns:
+        File name to SHA-256 of each shard, in order.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    parts = plan(entries, most)
+    names = [SINGLE] if len(parts) == 1 else [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    blocks = [
+        (name, entry, span)
+        for name, part in zip(names, parts, strict=True)
+        if not _complete(folder / name, part, fingerprint)
+        for entry in part
+        for span in entry.blocks()
+    ]
+    digests = {}
+    with _Ahead(track(blocks, "write weights")) as done:
+        for name, part in zip(names, parts, strict=True):
+            complete = _complete(folder / name, part, fingerprint)
+            digests[name] = sha256(folder / name) if complete else _shard(folder / name, part, fingerprint, done)
+    if len(parts) > 1:
+        total = sum(entry.size_bytes for entry in entries)
+        weight_map = {entry.name: name for name, part in zip(names, parts, strict=True) for entry in part}
+        write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
+    return digests
+
+
+class _Ahead:
+    """Reads the next block while the last one is written."""
+
+    def __init__(self, blocks: Iterable[tuple[str, Entry, tuple[int, int | None]]]) -> None:
+        self._blocks = iter(blocks)
+        self._pool = ThreadPoolExecutor(1)
+        self._next = self._submit()
+
+    def _submit(self) -> object:
+        block = next(self._blocks, None)
+        return None if block is None else self._pool.submit(_read, block[1], block[2])
+
+    def take(self) -> torch.Tensor:
+        ready = self._next
+        self._next = self._submit()
+        return ready.result()  # type: ignore[attr-defined, no-any-return]
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _read(entry: Entry, span: tuple[int, int | None]) -> torch.Tensor:
+    block = entry.read(*span).to(entry.dtype).contiguous()
+    return block.reshape(-1).view(torch.uint8)
+
+
+def _header(part: Sequence[Entry], fingerprint: str) -> bytes:
+    """The start of a safetensors file: the length of a JSON object and the object, padded to eight bytes."""
+    listed: dict[str, object] = {"__metadata__": {"format": "pt", "irprune": fingerprint}}
+    offset = 0
+    for entry in part:
+        end = offset + entry.size_bytes
+        listed[entry.name] = {"dtype": _DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(listed, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _shard(path: Path, part: Sequence[Entry], fingerprint: str, done: _Ahead) -> str:
+    """Write one shard. Returns its SHA-256."""
+    digest = hashlib.sha256()
+    with atomic(path) as place, place.open("wb", buffering=0) as file:
+        header = _header(part, fingerprint)
+        digest.update(header)
+        file.write(header)
+        for entry in part:
+            for _ in entry.blocks():
+                data = done.take().numpy().data
+                digest.update(data)
+                _write_all(file.fileno(), data)
+    return digest.hexdigest()
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _complete(path: Path, part: Sequence[Entry], fingerprint: str) -> bool:
+    """Whether a shard is there, whole and of the same making."""
+    header = _header(part, fingerprint)
+    try:
+        if path.stat().st_size != len(header) + sum(entry.size_bytes for entry in part):
+            return False
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                return False
+        with safe_open(str(path), framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False

@@ -54,7 +54,8 @@ from irprune.rules.infer import typed
 RECIPE, ARCHIVE = "recipe.safetensors", "model.pt2"
 ONNX = tuple(f"{stem}.onnx{data}" for stem in ("model", "model.int8", "original") for data in ("", ".data"))
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
-ARTEFACTS = (manifest.NAME, evaluation.NAME, report_data.NAME, html.NAME, RECIPE, ARCHIVE, "vocabulary.json", *ONNX, *ADAPTERS, "hf")
+PAGES = (manifest.NAME, evaluation.NAME, report_data.NAME, html.NAME)
+ARTEFACTS = (*PAGES, RECIPE, ARCHIVE, "vocabulary.json", *ONNX, *ADAPTERS, "hf")
 
 Target = str | os.PathLike[str] | nn.Module | Program
 
@@ -434,6 +435,9 @@ def _run(
     if folder is not None and not any(tensor.is_meta for tensor in program.tensors.values()):
         with doing("archive"):
             save_pt2(program, folder / ARCHIVE)
+    if folder is not None:
+        with doing("figures"):
+            report_data.collect(original, program, seen, found).write(folder)
     told = Manifest.model_validate(
         {
             "target": task.target if task else "",
@@ -449,10 +453,10 @@ def _run(
         for fact in found:
             if isinstance(fact, Note) and hasattr(fact, "complete"):
                 fact.complete(told)
-        with doing("report"):
-            report_data.collect(original, program, seen, found).write(folder)
         told = told.model_copy(update={"files": manifest.hashes(folder)})
-        html.write(folder, told)
+        with doing("report"):
+            html.write(folder, told)
+        # Last, so that a run with a manifest is a whole one.
         told.write(folder)
     rows = tuple(plan_table(plan, found[Groups], Cost(program))) if plan is not None else None
     return Run(program, told, None, found, tuple(timing.steps), rows)

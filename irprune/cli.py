@@ -221,28 +221,6 @@ def evaluate(
 
 
 @app.command()
-def report(path: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an earlier run.")]) -> None:
-    """Write report.html of an earlier run again."""
-    from irprune import api
-
-    _say([str(api.report(path))])
-
-
-@app.command()
-def compare(
-    paths: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs, two or more.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the page with the charts goes.")] = Path("compare.html"),
-) -> None:
-    """Put runs side by side: a table here, charts in a page."""
-    from irprune import api
-    from irprune.report import compare as comparing
-
-    done = api.compare(paths, out=out)
-    _console().print(comparing.table(done))
-    _say([*comparing.lines(done), str(out)])
-
-
-@app.command()
 def generate(
     model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="A decoder, written with export{cache=true}.")],
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="The text to go on from.")] = None,
@@ -269,6 +247,28 @@ def generate(
             f"prompt of {speed.prompt} tokens in {speed.prefill_s:.3f} s, then {speed.tokens_per_second:.1f} tokens a second",
             file=sys.stderr,
         )
+
+
+@app.command()
+def report(path: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The directory of an earlier run.")]) -> None:
+    """Write report.html of an earlier run again."""
+    from irprune import api
+
+    _say([str(api.report(path))])
+
+
+@app.command()
+def compare(
+    paths: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Directories of runs, two or more.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the page with the charts goes.")] = Path("compare.html"),
+) -> None:
+    """Put runs side by side: a table here, charts in a page."""
+    from irprune import api
+    from irprune.report import compare as comparing
+
+    done = api.compare(paths, out=out)
+    _console().print(comparing.table(done))
+    _say([*comparing.lines(done), str(out)])
 
 
 @app.command()

@@ -151,3 +151,43 @@ def test_an_option_of_modules_is_refused_for_a_file() -> None:
 def test_an_unknown_name_is_no_function() -> None:
     with pytest.raises(AttributeError, match="module 'irprune' has no attribute 'prune'"):
         irprune.prune  # noqa: B018
+
+
+class Routed(nn.Module):
+    """Each row goes to two of four experts, whose outputs are added up by weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(6, 4)
+        self.up, self.down = nn.Parameter(torch.randn(4, 6, 8)), nn.Parameter(torch.randn(4, 8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        hidden = torch.einsum("ri,rkio->rko", x, self.up[chosen]).relu()
+        return (torch.einsum("rki,rkio->rko", hidden, self.down[chosen]) * weights[..., None]).sum(1)
+
+
+def test_as_many_experts_stay_as_a_row_goes_to() -> None:
+    torch.manual_seed(0)
+    inputs = (torch.randn(5, 6),)
+    result = irprune.run(Routed(), "score{criterion=magnitude},prune{ratio=0.9 of=indices kinds=experts round_to=1}", example_inputs=inputs)
+    assert {name: tuple(tensor.shape) for name, tensor in result.program.tensors.items()} == {
+        "router.weight": (2, 6),
+        "router.bias": (2,),
+        "up": (2, 6, 8),
+        "down": (2, 8, 3),
+    }
+
+
+def test_a_whole_run_traces_the_model_once(module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+    export = torch.export.export
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        traces.append(args[0])
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", counted)
+    pipeline = "discover,score{criterion=magnitude},prune{ratio=0.3},export"
+    irprune.run(module, pipeline, example_inputs=small_model.example_inputs(), out=tmp_path / "out")
+    assert traces == [module]

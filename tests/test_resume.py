@@ -27,6 +27,8 @@ from irprune.ir.program import Program
 from irprune.pipeline.files import PART, PARTIAL, Interrupted, staged
 from irprune.pipeline.passes import Facts, Pass, Result
 
+# What tells how long things took.
+TIMED = ("manifest.json", "report.json", "report.html")
 TWICE = "score{criterion=taylor},prune{ratio=0.2 round_to=2},score{criterion=taylor},prune{ratio=0.2 round_to=2 steps=2}"
 
 
@@ -81,10 +83,8 @@ def contents(out: Path) -> dict[str, Any]:
     told = json.loads((out / "manifest.json").read_text())
     for one in told["passes"]:
         del one["seconds"]
-    # What measures time differs from run to run.
-    told["files"].pop("report.json", None)
-    measured = ("manifest.json", "report.json", "report.html")
-    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.name not in measured}
+    told["files"] = {name: file for name, file in told["files"].items() if name not in TIMED}
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.name not in TIMED}
     return {**files, "manifest": told}
 
 

@@ -114,11 +114,15 @@ def start(given: argparse.Namespace, out: Path, last: int | None, counted: Path 
         os._exit(code)
 
 
+REPORT = ("report.json", "report.html")
+TIMED = ("seconds", "speedup", "points", *REPORT)
+
+
 def contents(out: Path) -> dict[str, str]:
-    """Checksum of every file of a run, times in the manifest left out."""
+    """Checksum of every file of a run but the report, times in the manifest left out."""
     found = {}
     for path in sorted(out.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name not in REPORT:
             data = path.read_bytes()
             if path.name == "manifest.json":
                 data = json.dumps(timeless(json.loads(data)), sort_keys=True).encode()
@@ -128,7 +132,7 @@ def contents(out: Path) -> dict[str, str]:
 
 def timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if key != "seconds" and "latency" not in key and key != "speedup"}
+        return {key: timeless(item) for key, item in value.items() if "latency" not in key and key not in TIMED}
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 

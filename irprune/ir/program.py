@@ -234,7 +234,9 @@ class Program:
         return dataclasses.replace(self, module=fx.GraphModule(self.module, graph), types=None, infer=None)
 
     def applied(self, text: str, seconds: float = 0.0) -> Program:
-        return dataclasses.replace(self, provenance=(*self.provenance, Applied(text, seconds)))
+        # Types that were found when somebody asked go along: facts speak of their variables.
+        types = self.__dict__.get("typing", self.types)
+        return dataclasses.replace(self, types=types, provenance=(*self.provenance, Applied(text, seconds)))
 
 
 class Runner(fx.Interpreter):

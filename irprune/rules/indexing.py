@@ -171,6 +171,24 @@ def index_put(op: Op, self: Value, indices: list[Value | None], values: Value) -
     return self.axes
 
 
+@rule("masked_scatter")
+def masked_scatter(op: Op, self: Value, mask: Value, source: Value) -> Axes:
+    """Numbers of ``source`` go one after another to where the mask is true.
+
+    A mask that is broadcast along the last axis takes whole rows: that axis passes, if it is the source's, too.
+    """
+    single = mask.ndim > 0 and mask.shape[-1] == 1
+    rows = single or (mask.node.name, f"broadcast{mask.ndim - 1}") in op.types.notes
+    last = 1 if rows and self.ndim == mask.ndim and source.ndim and source.shape[-1] == self.shape[-1] else 0
+    if last:
+        op.broadcast(self.axes[-1:], mask.axes[-1:])
+        op.unify(self.axes[-1], source.axes[-1])
+    for value in (self, mask, source):
+        for term in value.axes[: value.ndim - last]:
+            op.freeze(term, "data-dependent", "a mask selects from it")
+    return self.axes
+
+
 @rule("topk")
 def topk(op: Op, self: Value, k: Any, dim: int = -1) -> list[Axes]:
     """The largest numbers along an axis and their places: what is gone is never among them."""

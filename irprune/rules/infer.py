@@ -275,6 +275,9 @@ def _join(program: Program, types: Types) -> None:
             blocks = (atom for atom in resolve(term) if isinstance(atom, Concat))
             for found in (dict.fromkeys(v for v in variables((atom,)) if v.frozen is None and isinstance(v.size, int)) for atom in blocks):
                 wanted |= found if len(found) > 1 else {}
+    for term, _ in types.least:  # of which so many must stay is known of the variable alone
+        for var in variables(resolve(term)):
+            wanted.pop(var, None)
     if not wanted:
         return
     places = itertools.chain(

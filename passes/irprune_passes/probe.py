@@ -340,7 +340,7 @@ class Walk:
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter or buffer as the walk uses it from here on: the program's, or what stands in ``replaced``."""
         found = self.replaced.get(name)
-        return self.program.tensors[name].detach() if found is None else found
+        return self.program.value(name).detach() if found is None else found
 
     def _start(self, flat: Sequence[Any]) -> dict[fx.Node, Any]:
         inputs = [node for node in self._nodes if node.op == "placeholder"]

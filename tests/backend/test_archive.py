@@ -157,3 +157,13 @@ def test_an_unwritable_place_is_one_clear_error(program: Program, tmp_path: Path
     (tmp_path / "out").write_text("a file")
     with pytest.raises(OutputError, match="cannot write"):
         save_pt2(program, tmp_path / "out" / "model.pt2")
+
+
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_an_archive_that_draws_numbers_is_compared_on_the_same_ones(tmp_path: Path) -> None:
+    save_pt2(trace(Noisy(), (torch.randn(3, 4),), check=False), tmp_path / "model.pt2")
+    assert torch.export.load(tmp_path / "model.pt2").module()(torch.zeros(3, 4)).shape == (3, 4)

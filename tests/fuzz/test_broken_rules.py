@@ -148,7 +148,7 @@ def masks(program: Program, seed: int) -> dict[Var, Mask]:
     out = {}
     for group in discover(program).prunable:
         mask = random.random(group.size) < 0.6
-        mask[random.integers(group.size)] = True
+        mask[random.permutation(group.size)[: group.least]] = True
         out[group.var] = mask
     return out
 

@@ -638,6 +638,19 @@ case(
 )
 
 
+def put_where_a_mask_is(mask: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Net, Tensor], Tensor]:
+    def fn(n: Net, x: Tensor) -> Tensor:
+        h = n.linear(x, 8)
+        return n.linear(h.masked_scatter(mask(x, h), n.linear(x.flatten(0, 1), 8)), 3)
+
+    return fn
+
+
+case("masked_scatter", "ffn:8", SEQUENCE, put_where_a_mask_is(lambda x, _: x[..., :1] > 0), dynamic=STATIC)
+case("masked_scatter/expanded", "ffn:8", SEQUENCE, put_where_a_mask_is(lambda x, h: (x[..., :1] > 0).expand_as(h)), dynamic=STATIC)
+case("masked_scatter/position by position", "", SEQUENCE, put_where_a_mask_is(lambda _, h: h > 0), dynamic=STATIC)
+
+
 # -- complex numbers -----------------------------------------------------------------------------
 
 

@@ -266,6 +266,9 @@ def _losses(said: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
     out: dict[str, list[tuple[float, float]]] = {}
 
     def add(name: str, points: list[tuple[float, float]]) -> None:
+        if points in out.values():
+            return  # the only part of a sum is the sum
+        name = name.replace("_", " ")
         out[name if name not in out else f"{name} {sum(key.startswith(name) for key in out) + 1}"] = points
 
     def visit(value: Any, name: str, near_losses: bool = False) -> None:
@@ -325,7 +328,7 @@ def _extras(said: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             if rows:
                 more = len(rows) - _MOST_EXTRAS
                 shown = [*rows[:_MOST_EXTRAS], *([("…", f"{more} more in manifest.json")] if more > 0 else [])]
-                yield {"title": key.replace("_", " ").capitalize(), "rows": shown}
+                yield {"title": f"Noted: {key.replace('_', ' ')}", "rows": shown}
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:

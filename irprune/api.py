@@ -454,9 +454,10 @@ def _run(
             if isinstance(fact, Note) and hasattr(fact, "complete"):
                 fact.complete(told)
         told = told.model_copy(update={"files": manifest.hashes(folder)})
-        told.write(folder)
         with doing("report"):
-            html.write(folder)
+            html.write(folder, told)
+        # Last, so that a run with a manifest is a whole one.
+        told.write(folder)
     rows = tuple(plan_table(plan, found[Groups], Cost(program))) if plan is not None else None
     return Run(program, told, None, found, tuple(timing.steps), rows)
 

@@ -149,6 +149,8 @@ def curves(series: dict[str, list[tuple[float, float]]]) -> str:
     """Losses over steps, each line named at its end."""
 
     def draw(canvas: Canvas) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes = canvas.figure.subplots()
         bare(axes)
         for (name, points), colour in zip(series.items(), (KEPT, REMOVED, ACCENT, MUTED), strict=False):
@@ -165,6 +167,7 @@ def curves(series: dict[str, list[tuple[float, float]]]) -> str:
                 fontsize=_FONT_PX,
             )
         axes.grid(axis="y", color=LINE, linewidth=0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel("step", color=MUTED, fontsize=_FONT_PX, loc="left")
 
     told = "; ".join(f"{name} from {points[0][1]:.4g} to {points[-1][1]:.4g}" for name, points in series.items())

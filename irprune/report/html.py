@@ -20,14 +20,18 @@ SCALE = ("#f3e9d8", "#e3e5e3", "#cddce8", "#b3cde4", "#97bee0", "#7aadd9", "#5d9
 _MOST_SHARES = 24
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, manifest: Manifest | None = None) -> Path:
     """Write the report of a run directory, from what lies there.
+
+    Args:
+        folder: The run directory.
+        manifest: Its manifest, where that is not written yet.
 
     Raises:
         DataError: The directory holds no finished run, or its data cannot be read.
         OutputError: The file cannot be written.
     """
-    page = render(Manifest.read(folder), Data.read(folder), folder)
+    page = render(manifest if manifest is not None else Manifest.read(folder), Data.read(folder), folder)
     write_text(folder / NAME, page)
     return folder / NAME
 
@@ -62,6 +66,7 @@ def render(manifest: Manifest, data: Data, folder: Path) -> str:
         timed=timed,
         checks=list(_checks(manifest)),
         speed=list(_speed(said)),
+        points=list(_points(said)),
         curves=safe(figure.curves(losses)) if losses else "",
         evaluation=_evaluation(evaluation.read(folder)),
         extras=list(_extras(said)),
@@ -230,32 +235,60 @@ def _checks(of: Manifest) -> Iterator[dict[str, Any]]:
 
 
 _SPEEDS = {"ideal": "ideal, from the multiply-accumulates", "onnx": "measured in onnxruntime", "torch": "measured in torch"}
+_FILES = {"before": "unpruned", "after": "pruned", "int8": "pruned, int8"}
 
 
 def _speed(said: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     for name, value in (said.get("speedup") or {}).items():
-        if isinstance(value, int | float):
-            yield {"label": _SPEEDS.get(name, name), "value": f"{value:.2f} x"}
+        if _number(value):
+            interval = said["speedup"].get(f"{name}_interval") or []
+            spread = f" ({interval[0]:.2f} to {interval[1]:.2f})" if len(interval) == 2 else ""
+            yield {
+                "label": _SPEEDS.get(name, name),
+                "value": f"{value:.2f} x{spread}",
+                "verdict": said["speedup"].get(f"{name}_verdict", ""),
+            }
+
+
+def _points(said: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Latency in onnxruntime at each size: where, file, median, 95th percentile, throughput, memory."""
+    for point in (said.get("onnx") or {}).get("points") or ():
+        sizes = ", ".join(f"{label} {size}" for label, size in point.get("sizes", {}).items())
+        where = " ".join(part for part in (point.get("kind", "").replace("call", ""), sizes) if part)
+        for file, found in point.get("files", {}).items():
+            memory = f"{_short(found['memory_bytes'])}B" if "memory_bytes" in found else ""
+            times = [f"{found[name]:,.4g}" for name in ("p50_ms", "p95_ms", "per_second")]
+            yield [where, _FILES.get(file, file), *times, memory]
 
 
 def _losses(said: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Every curve of a loss in the manifest: lists of pairs, or of records with a step, at any depth."""
+    """Every curve of a loss that a pass noted, at any depth: numbers or pairs by step, or records with a step."""
     out: dict[str, list[tuple[float, float]]] = {}
 
-    def visit(value: Any, name: str) -> None:
+    def add(name: str, points: list[tuple[float, float]]) -> None:
+        if points in out.values():
+            return  # the only part of a sum is the sum
+        name = name.replace("_", " ")
+        out[name if name not in out else f"{name} {sum(key.startswith(name) for key in out) + 1}"] = points
+
+    def visit(value: Any, name: str, near_losses: bool = False) -> None:
         if isinstance(value, Mapping):
             for key, inner in value.items():
-                visit(inner, str(key))
-        elif isinstance(value, list) and len(value) > 1:
-            if all(isinstance(one, Mapping) and _number(one.get("step")) for one in value):
+                visit(inner, str(key), any("loss" in str(other) for other in value))
+        elif isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
+            if len(value) > 1 and all(_number(one.get("step")) for one in value):
                 for key in dict.fromkeys(key for one in value for key in one if "loss" in key):
                     points = [(float(one["step"]), float(one[key])) for one in value if _number(one.get(key))]
                     if len(points) > 1:
-                        out[key] = points
-            elif "loss" in name and all(isinstance(one, list) and len(one) == 2 and all(map(_number, one)) for one in value):
-                out[name] = [(float(x), float(y)) for x, y in value]
+                        add(key, points)
+            else:
+                for one in value:
+                    visit(one, name)
+        elif isinstance(value, list) and len(value) > 1 and (near_losses or "loss" in name):
+            if all(isinstance(one, list) and len(one) == 2 and all(map(_number, one)) for one in value):
+                add(name, [(float(x), float(y)) for x, y in value])
             elif "loss" in name and all(map(_number, value)):
-                out[name] = [(float(step), float(y)) for step, y in enumerate(value)]
+                add(name, [(float(step), float(y)) for step, y in enumerate(value, 1)])
 
     visit({key: value for key, value in said.items() if key not in Manifest.model_fields}, "")
     return out
@@ -291,11 +324,11 @@ def _extras(said: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What other passes noted, as far as it is plain figures and words."""
     for key, value in said.items():
         if key not in _SHOWN:
-            rows = list(_flat(value, key if not isinstance(value, Mapping) else ""))
+            rows = list(_flat(value, "" if isinstance(value, Mapping | list) else key))
             if rows:
                 more = len(rows) - _MOST_EXTRAS
                 shown = [*rows[:_MOST_EXTRAS], *([("…", f"{more} more in manifest.json")] if more > 0 else [])]
-                yield {"title": key.replace("_", " ").capitalize(), "rows": shown}
+                yield {"title": f"Noted: {key.replace('_', ' ')}", "rows": shown}
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
@@ -305,6 +338,9 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         if len(value) == 2 and all(map(_number, value)):
             yield name, f"{value[0]:.4g} → {value[1]:.4g}"
+        elif all(isinstance(one, Mapping) and "step" not in one for one in value):
+            for number, one in enumerate(value, 1):
+                yield from _flat(one, name if len(value) == 1 else f"{name} {number}".strip())
     elif isinstance(value, bool):
         yield name, "yes" if value else "no"
     elif _number(value):

@@ -96,7 +96,7 @@ def test_text_is_escaped(run: Path) -> None:
     [
         {"recover": {"history": [{"step": 0, "loss": 3.0, "held_out_loss": 3.2}, {"step": 5, "loss": 2.0, "held_out_loss": 2.5}]}},
         {"recover": {"loss": [[0, 3.0], [5, 2.0]]}},
-        {"recover": {"runs": {"losses": [3.0, 2.5, 2.0]}}},
+        {"recovery": [{"losses": [3.0, 2.5, 2.0], "held_out": [[0, 3.5], [2, 2.5]], "best": 2.5}]},
     ],
 )
 def test_curves_are_found_by_their_shape(run: Path, said: dict[str, Any]) -> None:

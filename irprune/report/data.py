@@ -189,7 +189,9 @@ def collect(original: Program, program: Program, seen: Observed, facts: Facts) -
     if report is None:
         return Data(shares=shares)
     groups = seen.groups if seen.groups is not None else discover(original)
-    masks = {group.name: report.keep[group.key] for group in groups if len(report.keep.get(group.key, ())) == group.size}
+    masks = {
+        group.name: report.keep[group.key] for group in groups if group.key in report.keep and len(report.keep[group.key]) == group.size
+    }
     rows = tuple(_row(group, masks.get(group.name)) for group in groups.prunable)
     inside = {member.tensor for group in groups.prunable for member in group.members}
     scores = seen.importance

@@ -110,3 +110,21 @@ def test_data_of_other_making_is_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text('{"groups": 1}')
     with pytest.raises(DataError, match="no data of a report"):
         Data.read(tmp_path)
+
+
+class NoTokens(nn.Module):
+    """A table of tokens that has none, as a vision transformer without register tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+        self.tokens = nn.Parameter(torch.empty(0, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.cat([self.tokens, torch.relu(self.up(x))]))
+
+
+def test_an_axis_without_positions_is_no_obstacle(tmp_path: Path) -> None:
+    passes = "score{criterion=magnitude},prune{ratio=0.5 of=indices round_to=1 kinds=all}"
+    api.run(NoTokens(), passes, example_inputs=(torch.randn(2, 4),), out=tmp_path / "out")
+    assert [row.kept for row in Data.read(tmp_path / "out").groups if row.size == 6] == [3]

@@ -161,8 +161,11 @@ class Streamed(Work):
         config = copy.deepcopy(model.config)
         config.architectures = [self.name]
         config.save_pretrained(str(folder))
-        identity = hashlib.sha256(f"{self.program.source.identity()} {max_shard_size}".encode()).hexdigest()  # type: ignore[union-attr]
-        return stream.write(folder, entries, most=_bytes(max_shard_size), fingerprint=identity)
+        identity = hashlib.sha256(f"{self.program.source.identity()} {max_shard_size}".encode())  # type: ignore[union-attr]
+        for name, tensor in sorted(self.program.tensors.items()):
+            if not tensor.is_meta:  # refitted, say
+                identity.update(name.encode() + tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return stream.write(folder, entries, most=_bytes(max_shard_size), fingerprint=identity.hexdigest())
 
 
 @dataclasses.dataclass(frozen=True)

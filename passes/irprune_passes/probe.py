@@ -23,7 +23,7 @@ from torch.nn import functional
 from irprune.analysis.groups import derived_values
 from irprune.ir.dims import index_maps, resolve, variables
 from irprune.ir.facts import Group, Task
-from irprune.ir.program import Program
+from irprune.ir.program import Program, Runner
 from irprune.pipeline.progress import track
 from irprune.rules.registry import bind, op_name
 from irprune_passes.calibration import blamed, flat_batches, seeded
@@ -320,6 +320,7 @@ class Walk:
     def __init__(self, program: Program, batches: Sequence[list[Any]] = ()) -> None:
         self.program = program
         self.replaced: dict[str, torch.Tensor] = {}
+        self._runner = Runner(program)
         self._nodes = list(program.nodes)
         self._places = {node.name: place for place, node in enumerate(self._nodes)}
         self._last = [max((self._places[user.name] for user in node.users), default=place) for place, node in enumerate(self._nodes)]
@@ -397,6 +398,7 @@ class Walk:
 
     def _call(self, node: fx.Node, state: dict[fx.Node, Any], passing: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda operand: self.value(operand, state, passing))
+        args, kwargs = self._runner.arguments(args, kwargs)
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 

@@ -141,7 +141,7 @@ class _Work:
         self.errors: dict[str, tuple[float, float]] = {}
         self.skipped: dict[str, list[str]] = {}
         for name, tensor in after.tensors.items():
-            if tensor.is_meta:
+            if tensor.is_meta and after.source is None:
                 raise DataError(
                     "the parameter is on the meta device and has no values to fit", where=name, hint="load the model with its weights"
                 )

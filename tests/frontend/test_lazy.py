@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from irprune_passes.score import segments
+from safetensors.torch import load_file, save_file
 
 import irprune.api as api
 from irprune.errors import DataError, TargetError
@@ -74,8 +75,6 @@ def test_a_lazy_run_prunes_and_proves_as_a_whole_one(folder: Path, block: int, t
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_gradients_of_a_lazy_target_are_those_of_a_whole_one(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = tmp_path / "tokens.safetensors"
-    from safetensors.torch import save_file
-
     save_file({"input_ids": torch.randint(120, (6, 12), generator=torch.Generator().manual_seed(0))}, calibration)
     monkeypatch.setattr(segments.segments, "__defaults__", (4096,))
     found = []
@@ -85,6 +84,40 @@ def test_gradients_of_a_lazy_target_are_those_of_a_whole_one(folder: Path, tmp_p
         found.append(known[Importance].scores)
     for name, scores in found[0].items():
         torch.testing.assert_close(torch.from_numpy(found[1][name]), torch.from_numpy(scores), rtol=1e-4, atol=1e-9)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> str:
+    save_file({"input_ids": torch.randint(120, (6, 12), generator=torch.Generator().manual_seed(0))}, tmp_path / "tokens.safetensors")
+    return str(tmp_path / "tokens.safetensors")
+
+
+@pytest.mark.parametrize("folder", ["llama", "gpt2", "bloom"], indirect=True)
+@pytest.mark.parametrize("criterion", ["activation", "obs"])
+def test_scores_from_activations_of_a_lazy_target_are_those_of_a_whole_one(criterion: str, folder: Path, tokens: str) -> None:
+    found = []
+    for lazy in (False, True):
+        program, facts = api.load(f"hf:{folder}", lazy=lazy, calibration=tokens)
+        _, known = manager.run(parse(f"discover,score{{criterion={criterion}}}"), program, facts)
+        found.append(known[Importance].scores)
+    assert found[0]
+    for name, scores in found[0].items():
+        torch.testing.assert_close(torch.from_numpy(found[1][name]), torch.from_numpy(scores), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("folder", ["llama", "gpt2"], indirect=True)
+def test_a_lazy_program_is_repaired_and_written_as_a_whole_one(folder: Path, tokens: str, tmp_path: Path) -> None:
+    passes = "score,prune{ratio=0.3 of=indices kinds=[heads,ffn] allocation=uniform},repair,export{format=hf}"
+    held = []
+    for lazy in (False, True):
+        out = tmp_path / f"lazy={lazy}"
+        api.run(f"hf:{folder}", passes, out=out, lazy=lazy, calibration=tokens)
+        held.append(load_file(out / "hf" / "model.safetensors"))
+    before = {key: file for path in folder.glob("*.safetensors") for key, file in load_file(path).items()}
+    assert any(name in before and before[name].shape != tensor.shape for name, tensor in held[0].items())
+    assert held[0].keys() == held[1].keys()
+    for name, tensor in held[0].items():
+        torch.testing.assert_close(held[1][name], tensor, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
@@ -125,8 +158,6 @@ def test_a_checkpoint_in_another_form_is_refused(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(**SIZES)
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(tmp_path)
-    from safetensors.torch import load_file, save_file
-
     tensors = {name.replace("q_proj", "query"): tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TargetError, match=r"no tensor model\.layers\.0\.self_attn\.q_proj\.weight"):

@@ -129,10 +129,10 @@ class Sliced:
             first, last = (int(wanted[0]), int(wanted[-1]) + 1) if len(wanted) else (0, 0)
             tensor = self.of.read(name, first, last)
             if len(wanted) != last - first:
-                tensor = tensor.index_select(0, torch.from_numpy(wanted - first))
+                tensor = _taken(tensor, 0, wanted - first)
         for axis, positions in enumerate(others, 1):
             if positions is not None:
-                tensor = _columns(tensor, axis, positions)
+                tensor = _taken(tensor, axis, positions)
         return tensor
 
     def has(self, name: str) -> bool:
@@ -147,13 +147,13 @@ class Sliced:
         return digest.hexdigest()
 
 
-def _columns(tensor: torch.Tensor, axis: int, positions: npt.NDArray[np.int64]) -> torch.Tensor:
+def _taken(tensor: torch.Tensor, axis: int, positions: npt.NDArray[np.int64]) -> torch.Tensor:
     """``index_select`` on the CPU by numpy, which moves numbers of two bytes five times as fast."""
     words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.itemsize)
     if words is None or tensor.device.type != "cpu" or tensor.dtype == torch.bool:
         return tensor.index_select(axis, torch.from_numpy(positions))
-    taken = np.take(tensor.detach().view(words).numpy(), positions, axis)
-    return torch.from_numpy(taken).view(tensor.dtype)
+    found = np.take(tensor.detach().view(words).numpy(), positions, axis)
+    return torch.from_numpy(found).view(tensor.dtype)
 
 
 class Resize:

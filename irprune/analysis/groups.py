@@ -301,14 +301,22 @@ ADDS = frozenset({"aten::add", "aten::add_", "aten::sub"})
 
 
 def _skips(program: Program, found: dict[Var, _Found], held: dict[fx.Node, set[Var]]) -> None:
-    """An addition of a value and something computed from it is a skip connection along their axes."""
+    """An addition of a value and something that sums of products made of it is a skip connection along their axes.
+
+    Without such a sum on the way, both sides are functions of the value index by index, and the addition is part of an
+    activation (GELU by its tangent) or of a norm.
+    """
     ancestors: dict[fx.Node, int] = {}
+    worked: dict[fx.Node, int] = {}  # the ancestors with a sum of products between
     bits = {node: 1 << i for i, node in enumerate(program.nodes)}
+    sums = {event.node for event in program.typing.events if event.how == "contract"}
     for node in program.nodes:
-        reach = bits[node]
+        behind = through = 0
         for operand in node.all_input_nodes:
-            reach |= ancestors[operand]
-        ancestors[node] = reach
+            behind |= ancestors[operand]
+            through |= worked[operand]
+        ancestors[node] = behind | bits[node]
+        worked[node] = behind if node.name in sums and len(node.all_input_nodes) > 1 else through
         if node.op != "call_function" or op_name(node.target) not in ADDS:
             continue
         operands = [operand for operand in node.all_input_nodes if held.get(operand)]
@@ -319,7 +327,7 @@ def _skips(program: Program, found: dict[Var, _Found], held: dict[fx.Node, set[V
             continue
         for a, b in (operands, operands[::-1]):
             trunk = _source(a)
-            if ancestors[b] & bits[trunk] and trunk.op == "call_function":
+            if worked[b] & bits[trunk] and trunk.op == "call_function":
                 for var in shared & held[trunk]:
                     found[var].traits.add("residual")
 

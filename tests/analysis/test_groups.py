@@ -73,6 +73,17 @@ def test_the_text_does_not_depend_on_the_run(name: str) -> None:
 # -- kinds -----------------------------------------------------------------------------------------
 
 
+def gelu_by_tanh(x: Tensor) -> Tensor:
+    """Written out, it adds a value and a function of it: not a skip connection."""
+    return 0.5 * x * (1.0 + torch.tanh(0.79788 * (x + 0.044715 * x.pow(3))))
+
+
+def response_norm(x: Tensor) -> Tensor:
+    """Global response normalisation (ConvNeXt V2): a value plus a multiple of it that a norm decides."""
+    g = x.norm(dim=1, keepdim=True)
+    return x + 0.5 * x * (g / g.mean(-1, keepdim=True))
+
+
 @pytest.mark.parametrize(
     ("kinds", "fn", "shape"),
     [
@@ -84,6 +95,10 @@ def test_the_text_does_not_depend_on_the_run(name: str) -> None:
         ("norm_groups:2 conv:4~", lambda n, x: n.conv(F.group_norm(n.conv(x, 8), 2), 3), (2, 3, 6, 6)),
         ("residual:6 ffn:8", lambda n, x: (lambda h: n.linear(h + n.linear(n.linear(h, 8).relu(), 6), 3))(n.linear(x, 6)), (3, 4)),
         ("other:8", lambda n, x: n.linear(x, 8).sum(-1), (3, 4)),
+        ("ffn:8", lambda n, x: n.linear(gelu_by_tanh(n.linear(x, 8)), 3), (3, 4)),
+        ("ffn:8~", lambda n, x: n.linear(response_norm(n.linear(x, 8)), 3), (3, 5, 4)),
+        ("conv:6", lambda n, x: n.conv((lambda h: h + n.parameter(6, 1, 1) * h)(n.conv(x, 6)), 3), (2, 3, 6, 6)),
+        ("residual:6", lambda n, x: n.conv((lambda h: h + n.conv(h, 6, 3, padding=1, groups=6))(n.conv(x, 6)), 3), (2, 3, 6, 6)),
     ],
 )
 def test_kinds_come_from_structure(kinds: str, fn: Callable[..., Any], shape: tuple[int, ...]) -> None:

@@ -227,6 +227,20 @@ def test_a_broken_rule_is_caught(fault: str) -> None:
         _proof(typed(dataclasses.replace(program, types=None)))
 
 
+@pytest.mark.parametrize("fault", ["softmax is compared unmasked", "mean does not mix", "cat in the wrong order"])
+@pytest.mark.parametrize("bias", [0.0, 0.3])
+def test_a_broken_rule_is_caught_behind_a_head_of_zeros(fault: str, bias: float) -> None:
+    """The outputs agree whatever stands before: the proof looks at the inner values."""
+    toy, operation, functions = RULES[fault]
+    program = _toy(toy)
+    set_tensor(program.module, "head.weight", torch.zeros_like(program.tensors["head.weight"]))
+    set_tensor(program.module, "head.bias", torch.full_like(program.tensors["head.bias"], bias))
+    program = dataclasses.replace(program, types=typed(program).types)
+    _proof(program)
+    with _rule(operation, **functions()), pytest.raises(ProofError, match="inner values"):
+        _proof(typed(dataclasses.replace(program, types=None)))
+
+
 # -- rewrites and masks ------------------------------------------------------------------------------
 
 

@@ -121,6 +121,34 @@ def test_a_run_goes_on_where_it_was_stopped(stop_before: int, tmp_path: Path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
 
 
+def shown(out: Path) -> Any:
+    """What the report shows beyond the manifest, without times."""
+    told = json.loads((out / "report.json").read_text())
+    for share in told["shares"]:
+        del share["ms"]
+    return told
+
+
+FROZEN = "discover{freeze=[conv.weight]},score{criterion=taylor},prune{ratio=0.2 round_to=2}"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop_before"),
+    [(TWICE, 2), (TWICE, 4), (FROZEN, 3), (f"{FROZEN},score,prune{{ratio=0.2 round_to=2}},export", 6)],
+)
+def test_the_report_shows_what_passes_saw_that_are_not_repeated(text: str, stop_before: int, tmp_path: Path) -> None:
+    run(tmp_path / "undisturbed", passes(text, stop_before))
+    Stop.times[0] = 1
+    with pytest.raises(Stopped):
+        run(tmp_path / "out", passes(text, stop_before), resume=True)
+    run(tmp_path / "out", passes(text, stop_before), resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+    told = shown(tmp_path / "out")
+    assert told["criterion"].startswith("taylor")
+    assert sum(told["spreads"][0]["removed"]) > 0
+    assert told == shown(tmp_path / "undisturbed")
+
+
 def test_scores_that_are_measured_again_are_after_a_stop(tmp_path: Path) -> None:
     """``prune`` in steps needs the function that a score cannot store."""
     text = "score{criterion=taylor},prune{ratio=0.3 round_to=2 steps=2}"

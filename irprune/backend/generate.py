@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,24 @@ _DTYPES = {
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
 }
+
+
+def empty_cache(inputs: Iterable[Any], sizes: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """A cache without positions.
+
+    Args:
+        inputs: Those of a file, as onnxruntime's ``get_inputs`` gives them.
+        sizes: Size of each dynamic axis but that of the positions by its name; 1 where it is missing.
+
+    Returns:
+        Array by name of the input; empty for a file without a cache.
+    """
+    known = {**(sizes or {}), PAST: 0}
+    return {
+        value.name: np.zeros([size if isinstance(size, int) else known.get(size, 1) for size in value.shape], _DTYPES[value.type])
+        for value in inputs
+        if PAST in value.shape
+    }
 
 
 @dataclass
@@ -59,6 +77,8 @@ class Decoder:
     """
 
     def __init__(self, path: Path, *, threads: int = 0, provider: Provider = "auto") -> None:
+        import onnxruntime
+
         if not path.is_file():
             raise DataError("there is no such file", where=str(path), hint="name the ONNX file of a run")
         self._session, self._device = opened(path, threads=threads, provider=provider)
@@ -69,7 +89,8 @@ class Decoder:
         if not count or len(results) <= count:
             raise DataError("the file has no key-value cache", where=str(path), hint="export the model with export{cache=true}")
         self._logits, self._presents = results[0], results[len(results) - count :]
-        self._empty = {name: self._of(given[name]) for name in self._pasts}
+        empty = empty_cache(given.values())
+        self._empty = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value, self._device, 0) for name, value in empty.items()}
         others = [name for name in given if name not in self._pasts]
         self._tokens = next((name for name in others if "int" in given[name].type and TOTAL not in given[name].shape), others[0])
         self._masks = {name: _DTYPES[given[name].type] for name in others if TOTAL in given[name].shape}
@@ -78,13 +99,6 @@ class Decoder:
             raise DataError(f"the file also takes '{unknown[0]}', which is not known", where=str(path), hint="drive it with onnxruntime")
         self._kind = _DTYPES[given[self._tokens].type]
         self.speed = Speed()
-
-    def _of(self, value: Any) -> Any:
-        """An empty cache of one sequence."""
-        import onnxruntime
-
-        shape = [size if isinstance(size, int) else 0 if size == PAST else 1 for size in value.shape]
-        return onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, _DTYPES[value.type]), self._device, 0)
 
     def greedy(self, prompt: Sequence[int], count: int, stop: Collection[int] = ()) -> Iterator[int]:
         """The most probable next token, again and again; ties go to the lowest.

@@ -413,7 +413,7 @@ def _rounding(program: Program, sizes: Mapping[str, int], seed: int, number: int
             exact = pytree.tree_leaves(Double(program).run(*flat, enable_io_processing=False))[number]
     except (RuntimeError, TypeError, ValueError):  # an operation that does not take float64, or a constant that stays float32
         return 0.0
-    error = (exact - want.detach().double()).abs()
+    error = (exact.detach() - want.detach().double()).abs()
     return float(error[error.isfinite()].max()) if bool(error.isfinite().any()) else 0.0
 
 
@@ -433,7 +433,7 @@ def _compare(
     if want.numel() == 0:
         return 0.0, 0.0, 0.0
     exact = not want.is_floating_point()
-    a, b = want.detach().double(), got.double()
+    a, b = want.detach().double(), got.detach().double()
     finite = a.isfinite()
     if not bool(finite.any()):
         raise ParityError("torch gives no finite value on random inputs, so nothing can be compared", where=where, hint=_HINT_FINITE)

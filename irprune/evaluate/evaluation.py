@@ -130,7 +130,7 @@ def tokenizer_of(target: str, given: str | None, **options: Any) -> Any:
     """The tokenizer of a target, or the one that is given.
 
     Args:
-        target: ``hf:PATH_OR_ID``, a run directory (its target then), or anything else.
+        target: ``hf:PATH_OR_ID``, a run directory or an ONNX file in one (the run's target then), or anything else.
         given: A directory, a hub id, or ``None``.
         options: ``revision`` and ``trust_remote_code`` of ``hf:`` targets.
 
@@ -141,6 +141,8 @@ def tokenizer_of(target: str, given: str | None, **options: Any) -> Any:
     from irprune.frontend.hf_checkpoint import Checkpoint, quiet, tokenizer_at
 
     folder = Path(target)
+    if folder.suffix == ".onnx" and (folder.parent / manifest.NAME).is_file():
+        folder = folder.parent
     if given is None and not target.startswith("hf:") and folder.is_dir():
         target = manifest.Manifest.read(folder).target
     code = bool(options.get("trust_remote_code"))

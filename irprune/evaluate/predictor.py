@@ -155,23 +155,36 @@ class Predictor:
     def onnx(cls, path: Path, *, threads: int = 0) -> Predictor:
         """An ONNX file in onnxruntime, on a GPU where onnxruntime offers it.
 
+        A file with a key-value cache gets an empty one: every token is new.
+
         Raises:
             DataError: The file is not there.
             ExportError: onnxruntime cannot load it.
         """
+        from irprune.backend.generate import empty_cache
         from irprune.backend.runtime import opened
 
         if not path.is_file():
             raise DataError("there is no such ONNX file", where=str(path), hint="run the target again with the pass export")
         session, device = opened(path, threads=threads)
+        inputs = session.get_inputs()
+        shapes = {value.name: value.shape for value in inputs}
+        cache = empty_cache(inputs)
         ports = tuple(
             Port(value.name, _DTYPES.get(value.type, torch.float32), tuple(size if isinstance(size, int) else None for size in value.shape))
-            for value in session.get_inputs()
+            for value in inputs
+            if value.name not in cache
         )
+        # The extended cache stands behind what the model gives.
+        results = [value.name for value in session.get_outputs()]
+        results = results[: len(results) - len(cache)]
 
         def feed(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
             values = {name: tensor.numpy() for name, tensor in tensors.items()}
-            return [torch.from_numpy(out) for out in session.run(None, values)]
+            if cache:
+                known = (zip(shapes[name], tensor.shape, strict=True) for name, tensor in tensors.items())
+                values |= empty_cache(inputs, {label: size for pairs in known for label, size in pairs if isinstance(label, str)})
+            return [torch.from_numpy(out) for out in session.run(results, values)]
 
         return cls(ports, feed, device=device)
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 from irprune.errors import ResumeError
-from irprune.ir.facts import Fact, Task
+from irprune.ir.facts import Fact, PruneReport, Task
 from irprune.ir.program import Program
 from irprune.ir.snapshot import NotStorable, decode, encode, pack, texts, unpack
 from irprune.pipeline.files import PARTIAL, flush, sha256, unwritable, write_text
@@ -112,6 +112,12 @@ class Journal:
         """The last finished pass that changed the program."""
         return max((number for number, entry in self.entries.items() if entry["program"] is not None), default=0)
 
+    @property
+    def _pruned(self) -> int:
+        """The first finished pass that pruned."""
+        pruning = (number for number, entry in self.entries.items() if any(_is(data, PruneReport) for data in entry["facts"] or ()))
+        return min(pruning, default=0)
+
     def work(self, number: int) -> Path:
         """The folder of a pass for progress of its own."""
         return self.folder / f"work-{number:03}"
@@ -121,13 +127,14 @@ class Journal:
     def recall(self, number: int, one: Pass, program: Program, facts: Facts) -> Recalled | None:
         """What a pass returned, if it had finished.
 
-        Before the last pass that changed the program only lasting facts are of use, and only they are read.
+        Before the last pass that changed the program only lasting facts are of use, and only they are read; but before
+        the first one that pruned everything is, since the report shows what that one decided by.
         """
         entry = self.entries.get(number)
         if entry is None:
             return None
         place = self.folder / f"{number:03}"
-        early = number < self._base
+        early = self._pruned <= number < self._base
         tensors = _tensors(place / "tensors.safetensors") if (place / "tensors.safetensors").is_file() and not early else {}
         if entry["program"] is not None and not early:
             own = {name.removeprefix("program/"): value for name, value in tensors.items() if name.startswith("program/")}
@@ -296,6 +303,10 @@ def _refuse(fact: Fact) -> Any:
 
 def _lasts(data: Mapping[str, Any]) -> bool:
     return bool(data["data"][3])
+
+
+def _is(data: Mapping[str, Any], kind: type[Fact]) -> bool:
+    return data["data"][:2] == [kind.__module__, kind.__qualname__]
 
 
 def _fact(data: Any, tensors: Mapping[str, torch.Tensor], place: Path) -> Any:

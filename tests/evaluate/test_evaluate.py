@@ -44,6 +44,18 @@ def test_an_onnx_file_and_a_program_with_a_tokenizer_of_their_own(checkpoint: Pa
     assert dense.texts == api.evaluate(f"hf:{checkpoint}", texts={"w": words}, windows=2).texts
 
 
+def test_a_file_with_a_cache_has_the_perplexity_of_its_program(checkpoint: Path, words: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    api.run(f"hf:{checkpoint}", "prune{ratio=0.2 round_to=1},export{cache=true quantise=int8}", out=out)
+    given = {"texts": {"w": words}, "window": 16, "windows": 5, "batch": 2}
+    wanted = api.evaluate(out, backend="torch", **given).texts["w"]
+    assert wanted.tokens == 75
+    # The last call holds one window, so the batch of the empty cache follows that of the tokens.
+    for target, backend in ((out, "onnx"), (out / "model.onnx", "auto")):
+        assert api.evaluate(target, backend=backend, **given).texts["w"].loss == pytest.approx(wanted.loss, rel=1e-5)
+    assert api.evaluate(out / "model.int8.onnx", **given).texts["w"].loss == pytest.approx(wanted.loss, rel=0.05)
+
+
 def test_the_table(checkpoint: Path, words: Path) -> None:
     result = call("eval", f"hf:{checkpoint}", "--text", f"mine={words}", "--windows", 3)
     lines = [line.split() for line in result.stdout.splitlines() if line.strip()]

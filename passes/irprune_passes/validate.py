@@ -246,7 +246,8 @@ class Validate(Pass):
         file, task, original = facts[OnnxFile], facts.get(Task), facts.get(Original)
         seed = task.seed if task is not None else 0
         after = self._subject(file, program)
-        relative = self.tolerance or max(RELATIVE_TOLERANCE[precision(program)], _TOLERANCE[file.precision])
+        coarser = _TOLERANCE[file.precision]
+        relative = self.tolerance or (coarser if coarser > RELATIVE_TOLERANCE[precision(program)] else None)
         agreed = parity(after.computed, after.session, batch=self.batch, relative_tolerance=relative, seed=seed)
         subjects = {"after": after}
         error = None

@@ -16,6 +16,7 @@ from irprune_passes.validate import Validate, Validation
 from onnx import numpy_helper
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from irprune.backend import runtime
 from irprune.backend.onnx import OnnxFile
 from irprune.errors import DataError, OptionError, OutputError, ParityError, PipelineError, SpeedError, TargetError
 from irprune.ir.facts import Fact, Original, Task, Workspace
@@ -122,6 +123,15 @@ def test_options_reach_parity(pruned: tuple[Program, Facts]) -> None:
     assert found.parity.sizes == ({"batch": 4}, {"batch": 6})
     assert found.parity.tolerance == pytest.approx(validated(pruned, "batch=[4,6]").parity.tolerance * 10)
     assert found.metrics == {}
+
+
+def test_measured_rounding_is_allowed_unless_a_tolerance_is_given(pruned: tuple[Program, Facts], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that rounds much itself passes by default; whoever names a tolerance gets that one."""
+    monkeypatch.setattr(runtime, "RELATIVE_TOLERANCE", {torch.float32: 1e-12})
+    monkeypatch.setattr(runtime, "_rounding", lambda *_: 0.5)
+    assert validated(pruned, "").parity.tolerance == 0.5 * runtime.ROUNDINGS
+    with pytest.raises(ParityError, match="onnxruntime differs from torch"):
+        validated(pruned, "tolerance=1e-12")
 
 
 def test_a_corrupted_file_fails_the_run(pruned: tuple[Program, Facts], tmp_path: Path) -> None:

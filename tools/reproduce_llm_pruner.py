@@ -330,7 +330,46 @@ def tables(bench: Bench, found: dict[str, dict[str, Any]], command: str) -> str:
     ]
     for title, part in _sections(found):
         lines += [f"## {title}", "", *_table(part, found, texts), ""]
+    said = list(_findings(found, texts[0]))
+    if said:
+        lines += ["## What this says", "", *(f"- {line}" for line in said), ""]
     return "\n".join(lines)
+
+
+def _findings(found: dict[str, dict[str, Any]], text: str) -> Iterator[str]:
+    """Whether the paper's order appears, and how far irprune's recipe goes beyond it; cells that are not there are left out."""
+    value = {name: cell[text] for name, cell in found.items() if text in cell}
+
+    def all_of(kind: str) -> list[float]:
+        return [one for name, one in value.items() if name == kind or (name.startswith(f"{kind}-") and name[len(kind) + 1 :].isdigit())]
+
+    for ratio in (20, 50):
+        for better, worse, words in (
+            ("element1", "random", "element-1 is better than random"),
+            ("vector", "random", "vector-wise is better than random"),
+            ("element1", "channel", "block-wise is better than channel-wise"),
+            ("random", "l2", "L2 is worse than random"),
+            ("element1", "last", "the sum over a group is better than its last member alone"),
+            ("element1", "no-dependency", "keeping coupled structures together is better than every weight on its own"),
+        ):
+            low, high = all_of(f"{ratio}-{better}"), all_of(f"{ratio}-{worse}")
+            if low and high:
+                seen = "yes" if max(low) < min(high) else "not here"
+                yield f"{ratio} %, {words}, as in the paper: {seen} ({statistics.fmean(low):.2f} against {statistics.fmean(high):.2f})."
+    if {"dense", "20-best", "20-element1", "20-element1-ffn"} <= value.keys():
+        base, best = value["dense"], value["20-best"] - value["dense"]
+        less = [f"{1 - best / (value[name] - base):.0%} less than {words}" for name, words in _ELEMENTS]
+        yield f"20 % without training: irprune's recipe raises the perplexity by {best:.2f}: {' and '.join(less)}."
+    for ratio in (20, 50):
+        pair = [value.get(f"{ratio}-{name}-tuned") for name in ("best", "element1")]
+        if pair[0] is not None and pair[1] is not None:
+            how = f"{pair[0]:.2f} against {pair[1]:.2f} of element-1 with LoRA in the same number of steps"
+            yield f"{ratio} % with recovery: irprune's recipe ends at {how}: {1 - pair[0] / pair[1]:.0%} lower."
+    if value.get("20-best-tuned", value.get("dense", 0.0)) < value.get("dense", 0.0):
+        yield "Recovery trains on the same kind of text that is measured, which is why perplexities fall below the dense model's."
+
+
+_ELEMENTS = (("20-element1-ffn", "element-1 on the same layers"), ("20-element1", "the paper's element-1 on heads and ffn"))
 
 
 def _sections(found: dict[str, dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:

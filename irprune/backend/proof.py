@@ -425,7 +425,12 @@ AGREED = "no single operation stands out"
 
 def _idle(output: torch.Tensor) -> bool:
     """Whether an output says nothing about what is before it: a last layer of zeros gives every example the same."""
-    return output.ndim == 0 or not output.numel() or bool((output == output[:1]).all())
+    if output.ndim == 0:
+        return False
+    if not output.numel():
+        return True
+    first = output[:1] if output.shape[0] > 1 else output.flatten()[:1]
+    return bool((output == first).all())
 
 
 def _varied(flat: list[Any], seed: int) -> list[Any]:

@@ -136,7 +136,7 @@ WITH_ARGUMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 case(
     " ".join(WITH_ARGUMENTS),
-    " ".join("residual:4" if name == "zero" else "ffn:4" for name in WITH_ARGUMENTS),
+    " ".join("ffn:4" for _ in WITH_ARGUMENTS),
     ROWS,
     branches(list(WITH_ARGUMENTS.values())),
 )

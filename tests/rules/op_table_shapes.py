@@ -302,8 +302,8 @@ case(
 # -- permuting -------------------------------------------------------------------------------------
 
 case("roll", "ffn:8", ROWS, lambda n, x: n.linear(n.linear(x, 8).roll(3, -1), 3))
-case("roll/by half, added", "residual:4", ROWS, lambda n, x: n.linear((lambda h: h.roll(4, -1) + h)(n.linear(x, 8)), 3))
-case("roll/all the way round", "residual:4", ROWS, lambda n, x: n.linear((lambda h: h + h.roll(4, -1))(n.linear(x, 4)), 3))
+case("roll/by half, added", "ffn:4", ROWS, lambda n, x: n.linear((lambda h: h.roll(4, -1) + h)(n.linear(x, 8)), 3))
+case("roll/all the way round", "ffn:4", ROWS, lambda n, x: n.linear((lambda h: h + h.roll(4, -1))(n.linear(x, 4)), 3))
 case("roll/two axes", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).roll((1, 2), (1, 2)), 3))
 case("roll/back and forth", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).roll(-2, -1).relu().roll(2, -1), 3))
 case("roll/everything", "", ROWS, lambda n, x: n.linear(n.linear(x, 8).roll(3), 3))

@@ -415,13 +415,13 @@ def channels_reversed(n: Net, x: Tensor) -> Tensor:
     return n.linear(F.relu(n.linear(x, 8)).flip(-1), 3)
 
 
-@pattern("residual:4", ROWS)
+@pattern("ffn:4", ROWS)
 def channels_added_to_their_mirror(n: Net, x: Tensor) -> Tensor:
     h = n.linear(x, 8)
     return n.linear(h + h.flip(-1), 3)
 
 
-@pattern("residual:3~", ROWS)
+@pattern("ffn:3~", ROWS)
 def an_odd_number_of_channels_mirrored(n: Net, x: Tensor) -> Tensor:
     h = n.linear(x, 7)
     return n.linear(F.layer_norm(h + h.flip(-1), (7,)), 3)
@@ -449,7 +449,7 @@ def channels_in_a_constant_order(n: Net, x: Tensor) -> Tensor:
     return n.linear(F.relu(n.linear(x, 8))[:, CYCLES], 3)
 
 
-@pattern("residual:4 ffn:5", ROWS)
+@pattern("ffn:4 ffn:5", ROWS)
 def channels_added_to_their_partner(n: Net, x: Tensor) -> Tensor:
     h = n.linear(x, 8)
     return n.linear(n.linear(h + h[:, PAIRS], 5), 3)

@@ -151,7 +151,7 @@ def cells(setting: Setting, recovery: str, best_recovery: str) -> Iterator[Cell]
             "global": ("element-1, one ranking over all blocks", block(taylor).replace("prune{", "prune{allocation=global ")),
             "element1-ffn": ("element-1, ffn of all blocks", ffn),
             "activation-ffn": ("activations, ffn of all blocks", ffn.replace(taylor, "criterion=activation")),
-            "element1-ls": ("the same with least squares", f"{ffn},repair"),
+            "element1-ls": ("element-1, ffn of all blocks, least squares", f"{ffn},repair"),
             "best": ("irprune, best recipe", BEST[ratio]),
         }
         if ratio == 50:
@@ -305,7 +305,7 @@ def without_dependency(program: Program, facts: Sequence[Fact], ratio: float, bl
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def tables(bench: Bench, found: dict[str, dict[str, Any]], command: str) -> str:
+def tables(bench: Bench, found: dict[str, dict[str, Any]], wanted: Sequence[str], command: str) -> str:
     """``docs/results.md`` from what the cells say."""
     texts = list(bench.texts)
     seconds = sum(cell["seconds"] for cell in found.values() if "seconds" in cell)
@@ -327,7 +327,15 @@ def tables(bench: Bench, found: dict[str, dict[str, Any]], command: str) -> str:
         "smallest and the largest value. The last column is what the paper reports for LLaMA-7B (WikiText-2 / PTB / mean of seven "
         "tasks) and was not measured here.",
         "",
+        *(f"irprune's recipe at {ratio} % is `{recipe}`." for ratio, recipe in BEST.items()),
+        "With recovery the lines of the paper are followed by "
+        f"`{bench.options.recovery}`, irprune's by `{bench.options.best_recovery or bench.options.recovery}`: without `lora` "
+        "`recover` trains all weights.",
+        "",
     ]
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        lines += [f"Not run: {', '.join(f'`{name}`' for name in missing)}.", ""]
     for title, part in _sections(found):
         lines += [f"## {title}", "", *_table(part, found, texts), ""]
     said = list(_findings(found, texts[0]))
@@ -457,7 +465,7 @@ def main() -> None:
     known = {cell.name: json.loads(path.read_text()) for cell in wanted if _done(path := bench.out / f"{cell.name}.json", cell)}
     command = " ".join(["python", *(shlex.quote(argument) for argument in (sys.argv[0], *sys.argv[1:]) if argument != "--report-only")])
     report = Path(options.report) if options.report else bench.out / "results.md"
-    write_text(report, tables(bench, known, command))
+    write_text(report, tables(bench, known, [cell.name for cell in wanted], command))
     print(report)
 
 

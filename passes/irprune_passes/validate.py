@@ -211,7 +211,8 @@ class Validate(Pass):
     tolerance: float | None = Field(
         None,
         gt=0,
-        description="Allowed error over an output's largest magnitude; none: by dtype (float32 1e-4, float16 1e-2, bfloat16 5e-2).",
+        description="Allowed error over an output's largest magnitude; none: by dtype (float32 1e-4, float16 1e-2, bfloat16 5e-2), "
+        "or four times what torch itself is off from float64, where that is more.",
     )
     baseline: bool = Field(True, description="Measure the program as traced too.")
     keep_original: bool = Field(False, description="Keep its ONNX file as original.onnx.")

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from irprune.ir.dims import Mask, Size, Term, Var, as_size, kept_size, mask_of, resolve, term_size, variables
-from irprune.ir.program import Axes, Program, Runner, Source, Types
+from irprune.ir.program import Axes, Program, Runner, Source, Types, graph_module
 from irprune.rules.infer import UNIFORM, inferred
 from irprune.rules.registry import bind, op_name, registry
 
@@ -338,8 +338,7 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
         else:
             tensors[name] = sliced.contiguous()
     graph.eliminate_dead_code()
-    # Code is generated once, when the graph is as it will be.
-    module = fx.GraphModule(tensors, graph)
+    module = graph_module(tensors, graph)
     module.training = program.module.training
     source = None if program.source is None else Sliced(program.source, kept, made)
     new = dataclasses.replace(program, module=module, types=None, infer=inferred, source=source)

@@ -28,7 +28,7 @@ from irprune.errors import DataError, TargetError, TraceError
 from irprune.frontend import axes, blame
 from irprune.ir.dims import as_size
 from irprune.ir.edit import place
-from irprune.ir.program import Interface, Program, attribute
+from irprune.ir.program import Interface, Program, attribute, graph_module
 
 _KEPT_META = ("val", "stack_trace", "nn_module_stack")
 _NOISY = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor", "torch.export._trace")
@@ -94,7 +94,7 @@ def trace(
     for node in graph.nodes:
         node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
     interface = Interface((args, kwargs), found, tuple(node.name for node in placeholders), output_names, notes)
-    program = Program(fx.GraphModule(traced, graph), interface, aliases=aliases)
+    program = Program(graph_module(traced, graph), interface, aliases=aliases)
     if not abstract:
         _check_finite(program)
         if check:

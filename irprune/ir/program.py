@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import networkx as nx
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils import _pytree as pytree
 
 from irprune.ir.dims import Dims, Freeze, Term
@@ -123,6 +124,11 @@ class Interface:
     notes: tuple[str, ...] = ()
 
 
+def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
+    """A module under a graph. Its code is generated at the first call: most programs on the way of a pipeline are never called."""
+    return _LazyGraphModule(root, graph)
+
+
 class Source(Protocol):
     """Where the data lies of tensors that a program has on the meta device only."""
 
@@ -231,7 +237,7 @@ class Program:
 
     def with_graph(self, graph: fx.Graph) -> Program:
         """This program's tensors under another graph (its module's containers are new)."""
-        return dataclasses.replace(self, module=fx.GraphModule(self.module, graph), types=None, infer=None)
+        return dataclasses.replace(self, module=graph_module(self.module, graph), types=None, infer=None)
 
     def applied(self, text: str, seconds: float = 0.0) -> Program:
         # Types that were found when somebody asked go along: facts speak of their variables.

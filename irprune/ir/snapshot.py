@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions as sympy_functions
 
-from irprune.ir.program import Applied, Program, attribute
+from irprune.ir.program import Applied, Program, attribute, graph_module
 
 
 class NotStorable(Exception):
@@ -263,7 +263,7 @@ def unpack(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], referen
     for name, held in data["tensors"].items():
         _place(root, name, _tensor(held, name, tensors, reference))
     provenance = tuple(Applied(text, seconds) for text, seconds in data["applied"])
-    return Program(fx.GraphModule(root, graph), reference.interface, None, data["aliases"], provenance)
+    return Program(graph_module(root, graph), reference.interface, None, data["aliases"], provenance)
 
 
 def _tensor(held: Mapping[str, Any], name: str, tensors: Mapping[str, torch.Tensor], reference: Program) -> torch.Tensor:

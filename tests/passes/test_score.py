@@ -18,9 +18,10 @@ from torch import nn
 
 from irprune.analysis.groups import discover
 from irprune.errors import DataError
-from irprune.ir.facts import Groups
+from irprune.ir.facts import Groups, Importance
 from irprune.ir.program import Program
 from irprune.pipeline.parser import parse
+from irprune.pipeline.passes import Facts
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 TAYLOR = [{"mode": mode, "order": order} for mode, order in itertools.product(("vector", "element"), (1, 2, "mixed"))]
@@ -85,6 +86,29 @@ def test_magnitude_is_the_norm_of_all_slices_of_an_index() -> None:
     assert only(importance(*toy, p=2, reduce="first")).tolist() == [3, 0]
     assert only(importance(*toy, p=2, reduce="prod")).tolist() == pytest.approx([3 * 4 * 12, 0])
     assert only(importance(*toy, p=2, reduce="mean")).tolist() == pytest.approx([(169 / 3) ** 0.5, (25 / 3) ** 0.5])
+
+
+def test_a_group_whose_product_leaves_double_precision_has_no_scores_and_others_have() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(TwoLayers(width=3, outputs=3) for _ in range(40))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return x
+
+    model = Residual()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e-5)
+    found = traced(nn.Sequential(nn.Linear(3, 3), model, nn.Linear(3, 3)), X)
+    wide, narrow = ([group.name for group in found[1].prunable if (len(group.members) > 9) == many] for many in (True, False))
+    assert (len(wide), len(narrow)) == (1, 40)
+    (scored,) = Score(reduce="prod").run(found[0], Facts([found[1]])).facts
+    assert isinstance(scored, Importance)
+    assert list(scored.scores) == narrow
 
 
 class GroupedQuery(nn.Module):

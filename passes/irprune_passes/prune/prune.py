@@ -302,7 +302,8 @@ def _checked(group: Group, scores: Scores) -> npt.NDArray[np.float64]:
         raise DataError(
             f"group {group.name} has no scores",
             where="pass prune",
-            hint="put `score` right before `prune`; where its criterion cannot measure the group, take another one or exclude the group",
+            hint="put `score` right before `prune`; where its criterion cannot measure the group, or `reduce=prod` leaves the range of "
+            "double precision over its many parameters, take another one or exclude the group",
         )
     assert values.shape == (group.size,), f"{group.name}: {values.shape} scores for {group.size} indices"
     wrong = int(np.isnan(values).sum())

@@ -70,7 +70,9 @@ class Activation(Criterion):
         for name, found in of.items():
             if found:
                 rows = [self._totals(columns[reader], features) for reader, features in found]
-                scores[name] = combine(np.stack(rows), study.reduction, name)
+                combined = combine(np.stack(rows), study.reduction)
+                if combined is not None:
+                    scores[name] = combined
         return scores
 
     def _columns(self, study: Study, reader: Reader, moments: Moments) -> torch.Tensor:

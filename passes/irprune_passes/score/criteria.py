@@ -84,6 +84,8 @@ class Study:
     def reduced(self, measured: Sequence[Array]) -> dict[str, Array]:
         """One score per index of each group from one array per structure; zeros where a group has no parameter.
 
+        A group whose reduction does not rank is left out.
+
         Raises:
             DataError: A measured value is NaN or infinite.
         """
@@ -96,16 +98,15 @@ class Study:
                     hint="check the checkpoint, or load it in single precision",
                 )
             rows[structure.group].append(number)
-        return {
-            group.name: reduce(
-                np.stack([measured[number] for number in rows[group.name]]),
-                [self.structures[number] for number in rows[group.name]],
-                self.reduction,
-            )
-            if rows[group.name]
-            else np.zeros(group.size)
-            for group in self.groups
-        }
+        scores = {group.name: np.zeros(group.size) for group in self.groups if not rows[group.name]}
+        for name, numbers in rows.items():
+            if numbers:
+                found = reduce(
+                    np.stack([measured[number] for number in numbers]), [self.structures[number] for number in numbers], self.reduction
+                )
+                if found is not None:
+                    scores[name] = found
+        return scores
 
 
 class _Weights(Mapping[str, torch.Tensor]):

@@ -60,10 +60,11 @@ def _scored(study: Study, counts: Callable[[Structure], bool], worth: Callable[[
             slices = study.weights[structure.member.tensor].transpose(0, structure.member.axis)[structure.positions]
             found = worth(slices.reshape(structure.size, -1))
             rows.setdefault(structure.group, []).append((structure, found.cpu().numpy()))
-    return {
+    reduced = {
         name: reduce(np.stack([scores for _, scores in found]), [structure for structure, _ in found], study.reduction)
         for name, found in rows.items()
     }
+    return {name: scores for name, scores in reduced.items() if scores is not None}
 
 
 def _distances(slices: torch.Tensor) -> torch.Tensor:

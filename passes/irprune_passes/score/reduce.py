@@ -109,8 +109,8 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def reduce(scores: Array, of: Sequence[Structure], how: Reduction) -> Array:
-    """The scores of a group's structures to one score per index.
+def reduce(scores: Array, of: Sequence[Structure], how: Reduction) -> Array | None:
+    """The scores of a group's structures to one score per index; ``None`` as :func:`combine` says.
 
     ``first`` and ``last`` take the first or last executing structure (``Member.order``) among those
     that produce or consume the dimension, as LLM-Pruner's "last-only" (``down_proj``, ``o_proj``);
@@ -121,34 +121,26 @@ def reduce(scores: Array, of: Sequence[Structure], how: Reduction) -> Array:
         scores: One row per structure, one column per index; at least one row.
         of: The structures.
         how: The reduction.
-
-    Raises:
-        DataError: A product leaves the range of double precision, so that it no longer ranks.
     """
     if how in ("first", "last"):
         ends = [row for row, structure in enumerate(of) if structure.member.role != "carry"] or range(len(of))
         orders = [of[row].member.order for row in ends]
         order = min(orders) if how == "first" else max(orders)
         return scores[max((row for row in ends if of[row].member.order == order), key=lambda row: (of[row].weights, row))]
-    return combine(scores, how, of[0].group)
+    return combine(scores, how)
 
 
-def combine(scores: Array, how: Reduction, where: str) -> Array:
+def combine(scores: Array, how: Reduction) -> Array | None:
     """Rows of scores in order of execution to one row; ``first`` and ``last`` take that row.
 
-    Raises:
-        DataError: A product leaves the range of double precision, so that it no longer ranks.
+    ``None`` where a product leaves the range of double precision, so that it no longer ranks: such a
+    group has no scores, and only who wants to prune it is told so.
     """
     if how == "prod":
         with np.errstate(over="ignore", under="ignore"):
             product = scores.prod(axis=0)
-        if not np.isfinite(product).all() or (product == 0).sum() > (scores == 0).any(axis=0).sum():
-            raise DataError(
-                f"the product of the scores of {len(scores)} structures leaves the range of double precision",
-                where=where,
-                hint="reduce with sum, mean or max",
-            )
-        return product
+        ranks = np.isfinite(product).all() and (product == 0).sum() <= (scores == 0).any(axis=0).sum()
+        return product if ranks else None
     whole: dict[str, Array] = {
         "sum": scores.sum(axis=0),
         "mean": scores.mean(axis=0),

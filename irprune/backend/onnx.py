@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 import irprune
 from irprune.backend.archive import to_exported
-from irprune.backend.onnx_ops import translations
+from irprune.backend.onnx_ops import as_it_is, quick_rules, renamed, translations
 from irprune.errors import ExportError, IrpruneError
 from irprune.ir.facts import Note
 from irprune.ir.program import Program, location
@@ -202,14 +202,17 @@ def convert(program: Program, *, opset: int | None = None, optimize: bool = True
     opset = opset or (23 if any(tensor.dtype == torch.bfloat16 for tensor in program.tensors.values()) else 20)
     with _quiet():
         flat = flattened(program, Signature.of(program))
+        renamed(flat.module.graph)
         try:
+            exported = as_it_is(to_exported(flat))
             written = torch.onnx.export(
-                to_exported(flat), verbose=False, optimize=False, opset_version=opset, custom_translation_table=translations(flat.nodes)
+                exported, verbose=False, optimize=False, opset_version=opset, custom_translation_table=translations(flat.nodes)
             )
             assert written is not None
             transposed = _transposed_weights(written.model)
             if optimize:
-                written.optimize()
+                with quick_rules():
+                    written.optimize()
         except IrpruneError:
             raise
         except Exception as error:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from irprune.errors import OutputError
+from irprune.errors import IrpruneError, OutputError
 
 PART = ".irprune-part"
 PARTIAL = ".partial"
@@ -141,7 +141,7 @@ def staged(
     folder, lock = None, None
     done = False
     try:
-        with _writing(path):
+        with writing(path):
             if left is None and there and any(path.iterdir()) and not force:
                 hint = "give another place with --out, or replace it with --force"
                 raise OutputError("the directory is not empty", where=str(path), hint=hint)
@@ -160,7 +160,7 @@ def staged(
                     _remove(inside)
             complete = (folder / PARTIAL / _COMPLETE).is_file()
         yield Stage(folder, path, left is not None, complete)
-        with _writing(path):
+        with writing(path):
             if not complete:
                 names = sorted(file.name for file in folder.iterdir() if file.name != PARTIAL)
                 write_text(folder / PARTIAL / _COMPLETE, "\n".join(names))
@@ -170,6 +170,11 @@ def staged(
                 os.replace(folder, path)
                 shutil.rmtree(path / PARTIAL, ignore_errors=True)
         done = True
+    except IrpruneError as error:
+        # The user knows the directory by the name that it will have.
+        if folder is not None and error.where is not None and error.where.startswith(str(folder)):
+            error.where = f"{path}{error.where.removeprefix(str(folder))}"
+        raise
     except KeyboardInterrupt as error:
         if resume:
             raise Interrupted(f"interrupted; what is done is kept for --resume in {path}") from error
@@ -207,7 +212,8 @@ def _reserved(path: Path, numbered: bool) -> Path:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses in a block is an error that names a path."""
     try:
         yield
     except OSError as error:
@@ -258,3 +264,11 @@ def flush(file: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def readable(folder: Path) -> None:
+    """Give a directory and what is in it the permissions of new files: libraries and temporary directories give the user's own only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

@@ -25,7 +25,7 @@ from irprune.backend.proof import difference
 from irprune.errors import ExportError, IrpruneError, ParityError
 from irprune.ir.facts import Note, Pretrained
 from irprune.ir.program import Program
-from irprune.pipeline.files import PART, flush, readable, sha256, unwritable
+from irprune.pipeline.files import PART, flush, readable, remove, sha256, unwritable
 from irprune.pipeline.progress import doing
 
 Layout = Literal["auto", "plain", "resized"]
@@ -115,7 +115,7 @@ def export(
             kind, model = "resized", work.resized(folder)
         with _replacing(folder, progress if program.source is not None else None) as part:
             work.save(model, part, kind, max_shard_size, record=part.with_suffix(".json") if progress is not None else None)
-            notes = [*work.notes, *source.companions(part)]
+            notes = [*work.initialised(), *source.companions(part)]
             error, tolerance = work.check(work.again(model, part), folder)
         if kind == "resized" and reason is not None:
             notes.append(f"load it with irprune.load_pretrained: {reason}")
@@ -142,7 +142,8 @@ class Work:
         self.name = self.model_class.__name__
         self.dtype = source.model.dtype
         self.attention = getattr(source.model.config, "_attn_implementation", None)
-        self.notes: list[str] = []
+        self._missing: dict[str, None] = {}
+        self._resized: dict[str, None] = {}
         self.found = ""
         self._known = known
         self._original = original
@@ -342,13 +343,44 @@ class Work:
             if value is not None and value.shape == tensor.shape:
                 values[name] = value.detach()
             else:
-                note = f"{name} is not part of the traced program and does not fit the new sizes: it is newly initialised"
-                values[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-                if note not in self.notes:
-                    self.notes.append(note)
+                values[name] = self.initial(model, name)
         hf_resize.assign(model, values)
         model.tie_weights()
         return model
+
+    def initial(self, model: Any, name: str) -> torch.Tensor:
+        """A tensor that nothing tells the values of, as the class initialises it; :meth:`initialised` says so.
+
+        Where an untraced tensor changes its size, what of it should stay is not known: no operation of the program reads it.
+        """
+        path, _, leaf = name.rpartition(".")
+        owner = copy.copy(model.get_submodule(path))
+        owner._parameters, owner._buffers = dict(owner._parameters), dict(owner._buffers)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            for own in (owner._parameters, owner._buffers):
+                for key, tensor in own.items():
+                    if tensor is not None:
+                        fresh = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                        own[key] = nn.Parameter(fresh, tensor.requires_grad) if own is owner._parameters else fresh  # type: ignore[assignment]
+            model._init_weights(owner)
+        old, new = self.source.model.state_dict().get(self._moved.get(name, name)), model.state_dict()[name]
+        told = self._resized if old is not None and old.shape != new.shape else self._missing
+        told[name] = None
+        return getattr(owner, leaf).detach()
+
+    def initialised(self) -> list[str]:
+        """Notes on tensors that are as the class initialises them."""
+        notes = []
+        if self._missing:
+            notes.append(f"neither traced nor in the checkpoint, so newly initialised: {', '.join(self._missing)}")
+        if self._resized:
+            outputs = ", ".join(self.program.interface.outputs)
+            notes.append(
+                f"not needed for {outputs}, so not traced, and of another size now, so newly initialised: {', '.join(self._resized)}; "
+                "to keep them, name the outputs that need them with --set outputs=..."
+            )
+        return notes
 
     # -- numbers ----------------------------------------------------------------------------------
 
@@ -464,6 +496,9 @@ def _replacing(folder: Path, progress: Path | None = None) -> Iterator[Path]:
         if progress is not None:
             part = progress / folder.name
             part.mkdir(parents=True, exist_ok=True)
+            for left in part.iterdir():
+                if left.is_dir() or left.suffix != ".safetensors":  # whatever a kill left, but whole shards
+                    remove(left)
         else:
             part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PART, dir=folder.parent))
         yield part

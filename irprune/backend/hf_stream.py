@@ -146,15 +146,17 @@ class Streamed(Work):
     def write(self, model: Any, folder: Path, max_shard_size: str, record: Path | None) -> dict[str, str]:
         entries, seen = [], set[int]()
         owners = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+        original = self.source.model.state_dict()
         for name, tensor in model.state_dict().items():
             if id(owners[name]) in seen:
                 continue
             seen.add(id(owners[name]))
-            if self.has(name):
+            was = self._moved.get(name, name)
+            traced = self._used_name(name) in self.program.tensors
+            if self.has(name) and (traced or original[was].shape == tensor.shape):
                 read = functools.partial(self.rows, name)
             elif tensor.is_meta:
-                self.notes.append(f"{name} is not part of the traced program and not in the checkpoint: it is zero")
-                read = functools.partial(_rows, torch.zeros(tensor.shape, dtype=tensor.dtype))
+                read = functools.partial(_rows, self.initial(model, name))
             else:
                 read = functools.partial(_rows, tensor)
             entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), read))

@@ -157,7 +157,7 @@ def staged(
             folder = wanted
             for inside in folder.iterdir():
                 if left is None or inside.name.endswith(PART):
-                    _remove(inside)
+                    remove(inside)
             complete = (folder / PARTIAL / _COMPLETE).is_file()
         yield Stage(folder, path, left is not None, complete)
         with writing(path):
@@ -226,14 +226,15 @@ def _merge(stage: Path, path: Path, artefacts: Collection[str], last: str | None
     written = sorted((file for file in stage.iterdir() if file.name != PARTIAL), key=lambda file: file.name == last)
     names = (stage / PARTIAL / _COMPLETE).read_text(encoding="utf-8").splitlines()
     for name in set(artefacts) - set(names):
-        _remove(path / name)
+        remove(path / name)
     for file in written:
         if file.is_dir():
-            _remove(path / file.name)
+            remove(path / file.name)
         os.replace(file, path / file.name)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with what is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

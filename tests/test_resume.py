@@ -235,6 +235,15 @@ def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_without_resume_what_a_kill_left_goes(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / f".out{PART}" / PARTIAL).mkdir(parents=True)
+    with staged(tmp_path / "out"):
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with staged(tmp_path / "new", resume=True), pytest.raises(OutputError, match="another process is writing"), staged(tmp_path / "new"):
+        pass
+
+
 def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="what is done is kept for --resume"), staged(tmp_path / "out", resume=True):
         raise KeyboardInterrupt

@@ -145,6 +145,10 @@ def staged(
             if left is None and there and any(path.iterdir()) and not force:
                 hint = "give another place with --out, or replace it with --force"
                 raise OutputError("the directory is not empty", where=str(path), hint=hint)
+            if left is None and there and beside.is_dir():
+                # What a killed process left, which had made the directory as well; one that still writes there has the lock.
+                _Lock(beside, path).release()
+                remove(beside)
             if not there:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if left is None:

@@ -93,7 +93,7 @@ class Journal:
             OutputError: It cannot be written.
         """
         folder = place / PARTIAL
-        known = {**fingerprint(original, passes, task), **given}
+        known = {**given, **fingerprint(original, passes, task)}
         journal = cls(folder, original)
         if resume and (folder / "run.json").is_file():
             journal._check(known)

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -212,7 +213,7 @@ def run(
             return _run(*load(target, seed=seed, **options), pipeline, Path(scratch), instruments)
     staging = files.staged(place, numbered=out is None, force=force, artefacts=ARTEFACTS, last=manifest.NAME, resume=resume)
     with processes.joined(), staging as stage:
-        done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments, stage)
+        done = _run(*load(target, seed=seed, **options), pipeline, stage.folder, instruments, stage, _given(target, options))
     return dataclasses.replace(done, path=stage.place)
 
 
@@ -414,6 +415,7 @@ def _run(
     folder: Path | None,
     instruments: Sequence[Instrument],
     stage: files.Stage | None = None,
+    given: Mapping[str, str] = MappingProxyType({}),
 ) -> Run:
     """Run a pipeline on a loaded target and fill the run directory, if there is one."""
     original, timing, seen = program, Timing(), report_data.Observed()
@@ -423,7 +425,7 @@ def _run(
     journal = None
     if stage is not None:
         steps = manager.completed(pipeline, [type(fact) for fact in known])
-        journal = Journal.at(stage.folder, original, steps, Facts(known).get(Task), resume=stage.resumed)
+        journal = Journal.at(stage.folder, original, steps, Facts(known).get(Task), resume=stage.resumed, given=given)
     program, found = manager.run(pipeline, program, known, [timing, Untouched(), seen, *instruments], journal)
     program = _typed(program)
     if stage is not None and stage.complete:
@@ -460,6 +462,21 @@ def _run(
         told.write(folder)
     rows = tuple(plan_table(plan, found[Groups], Cost(program))) if plan is not None else None
     return Run(program, told, None, found, tuple(timing.steps), rows)
+
+
+def _given(target: Target, options: Mapping[str, Any]) -> dict[str, str]:
+    """What a run was started with and its program does not show: how a target that is named is loaded, and its calibration file."""
+    if not isinstance(target, str | os.PathLike):
+        return {}
+    plain = (f"{name}={value}" for name, value in sorted(options.items()) if name != "calibration" and isinstance(value, _PLAIN))
+    found = {"setting": " ".join(plain)}
+    calibration = options.get("calibration")
+    if isinstance(calibration, str | os.PathLike) and Path(calibration).is_file():
+        found["calibration"] = files.sha256(calibration)
+    return found
+
+
+_PLAIN = (bool, int, float, str)
 
 
 def _pipeline(passes: str | Sequence[Pass] | None, config: str | os.PathLike[str] | None) -> list[Pass]:

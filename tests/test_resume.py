@@ -235,6 +235,15 @@ def test_two_processes_do_not_write_one_directory(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_without_resume_what_a_kill_left_goes(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / f".out{PART}" / PARTIAL).mkdir(parents=True)
+    with staged(tmp_path / "out"):
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with staged(tmp_path / "new", resume=True), pytest.raises(OutputError, match="another process is writing"), staged(tmp_path / "new"):
+        pass
+
+
 def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="what is done is kept for --resume"), staged(tmp_path / "out", resume=True):
         raise KeyboardInterrupt
@@ -294,6 +303,56 @@ def test_a_process_that_was_killed_goes_on_from_the_command_line(tmp_path: Path)
         assert str(tmp_path / out) in result.output.replace("\n", "")
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "undisturbed"]
+
+
+LAZY = "score,prune{ratio=0.5 of=indices kinds=[heads,ffn] allocation=uniform round_to=1},repair,export{format=hf shard=4KB}"
+LAZY_SCRIPT = """
+import os, signal, sys
+import irprune
+from irprune.backend import stream
+shard, count = stream._shard, 0
+def killing(*given):
+    global count
+    count += 1
+    if count == 4:
+        stream._write_all = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return shard(*given)
+stream._shard = killing
+irprune.run("hf:" + sys.argv[2], sys.argv[3], out=sys.argv[1], lazy=True, calibration=sys.argv[4])
+"""
+
+
+def test_a_process_that_was_killed_while_it_wrote_shards_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was pruned and refitted comes from the journal; shards that were whole are not written again, others leave nothing."""
+    import transformers
+    from irprune_passes.repair import Repair
+    from safetensors.torch import save_file
+
+    from irprune.backend import stream
+    from irprune.pipeline.files import sha256
+
+    sizes = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "model", max_shard_size="5KB")
+    save_file({"input_ids": torch.randint(60, (6, 12))}, tmp_path / "tokens.safetensors")
+    given = [str(tmp_path / name) for name in ("out", "model")] + [LAZY, str(tmp_path / "tokens.safetensors")]
+    done = subprocess.run([sys.executable, "-c", LAZY_SCRIPT, *given], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    calls: list[str] = []
+    write, repair = stream._shard, Repair.run
+    monkeypatch.setattr(stream, "_shard", lambda path, *rest: calls.append(path.name) or write(path, *rest))
+    monkeypatch.setattr(Repair, "run", lambda *args: calls.append("repair") or repair(*args))
+    command = ["run", f"hf:{tmp_path / 'model'}", "--passes", LAZY, "--set", "lazy=true", "--calibration", given[3], "--resume"]
+    found = []
+    for out in ("out", "undisturbed"):
+        calls.clear()
+        result = CliRunner().invoke(app, [*command, "--out", str(tmp_path / out)])
+        assert result.exit_code == 0, result.output
+        found.append((list(calls), {path.name: sha256(path) for path in sorted((tmp_path / out / "hf").iterdir())}))
+    (resumed, files), (undisturbed, wanted) = found
+    assert files == wanted
+    assert undisturbed[0] == "repair"
+    assert resumed == undisturbed[4:]
 
 
 def test_the_newest_unfinished_run_is_gone_on_with(tmp_path: Path) -> None:

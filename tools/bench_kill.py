@@ -5,8 +5,11 @@ right before a random one of its file operations (opening for writing, renaming,
 directory). It is started again with ``resume`` and killed again, a random number of times, and then left to
 end. Every file of the run directory must be that of an undisturbed run; of the manifest, times are left out.
 
+Two runs take turns: a small network, pruned twice and written as ONNX, and a language model whose weights stay
+in their files (``lazy=true``), pruned, repaired and written as a checkpoint of many shards.
+
     python tools/bench_kill.py --kills 40
-    python tools/bench_kill.py --kills 12 --target hf:PATH --passes 'score,prune{ratio=0.2},export{format=hf}'
+    python tools/bench_kill.py --kills 12 --target hf:PATH --lazy --passes 'score,prune{ratio=0.2},export{format=hf}'
 
 Prints a line per run and in the end how many resumed to a bit-identical result; the exit code is 1 if not all.
 """
@@ -16,12 +19,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +65,7 @@ def loss(outputs, batch):
     return nn.functional.cross_entropy(outputs, batch[1])
 """
 PASSES = "score{criterion=taylor},prune{ratio=0.2 round_to=2},score{criterion=taylor},prune{ratio=0.2 round_to=2},export"
+LAZY = "score,prune{ratio=0.5 of=indices allocation=uniform},repair,export{format=hf shard=20KB}"
 _WRITING = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 
 
@@ -89,18 +95,73 @@ class FileOperations:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def start(given: argparse.Namespace, out: Path, last: int | None, counted: Path | None) -> int:
+@dataclass
+class Case:
+    """What is run and killed.
+
+    Attributes:
+        name: For the lines that are printed.
+        target: The target.
+        passes: The pipeline.
+        options: Of :func:`irprune.run`.
+        home: Its own directory.
+        wanted: Checksums of the files of an undisturbed run.
+        operations: How many file operations that has.
+        seconds: How long it takes.
+    """
+
+    name: str
+    target: str
+    passes: str
+    options: dict[str, Any]
+    home: Path
+    wanted: dict[str, str] = field(default_factory=dict)
+    operations: int = 0
+    seconds: float = 0.0
+
+
+def cases(given: argparse.Namespace, home: Path) -> list[Case]:
+    """The target of the command line, or the two that this file has."""
+    if given.target is not None:
+        return [Case("given", given.target, given.passes or PASSES, {"lazy": True} if given.lazy else {}, home / "given")]
+    (home / "net.py").write_text(MODEL)
+    checkpoint = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(home / "llama", home / "tokens.safetensors"))
+    checkpoint.start()
+    checkpoint.join()
+    options = {"lazy": True, "calibration": str(home / "tokens.safetensors")}
+    return [
+        Case("network", str(home / "net.py"), given.passes or PASSES, {}, home / "network"),
+        Case("lazy", f"hf:{home / 'llama'}", LAZY, options, home / "lazy"),
+    ]
+
+
+def write_checkpoint(folder: Path, tokens: Path) -> None:
+    """A language model of LLaMA's shape in a dozen files, and tokens to calibrate with."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "max_position_embeddings": 64}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="20KB")
+    save_file({"input_ids": torch.randint(64, (8, 16))}, tokens)
+
+
+def start(case: Case, out: Path, last: int | None, counted: Path | None) -> int:
     """Run in a process of its own; gives its id. ``counted`` gets the number of its file operations."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        import irprune
+        import irprune.api
 
         operations = FileOperations(out.parent, last)
         if irprune.api.finished(out) is None:
-            irprune.run(given.target, given.passes, out=out, resume=True)
+            irprune.run(case.target, case.passes, out=out, resume=True, **case.options)
         if counted is not None:
             counted.write_text(str(operations.count))
         code = 0
@@ -139,57 +200,66 @@ def timeless(value: Any) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=40, help="so many kills in all")
-    parser.add_argument("--target", help="what to run; a small network by default")
-    parser.add_argument("--passes", default=PASSES)
+    parser.add_argument("--target", help="what to run instead of the two that are built in")
+    parser.add_argument("--passes", help="its pipeline")
+    parser.add_argument("--lazy", action="store_true", help="leave its weights in their files")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
     rng = random.Random(given.seed)
     with tempfile.TemporaryDirectory(prefix="irprune-kill-") as scratch:
-        home = Path(scratch)
-        if given.target is None:
-            (home / "net.py").write_text(MODEL)
-            given.target = str(home / "net.py")
-        wanted, operations, seconds = undisturbed(given, home)
-        print(f"undisturbed: {len(wanted)} files, {operations} file operations, {seconds:.1f} s", flush=True)
-        kills = runs = same = 0
+        chosen = cases(given, Path(scratch))
+        for case in chosen:
+            undisturbed(case)
+            print(
+                f"{case.name}, undisturbed: {len(case.wanted)} files, {case.operations} file operations, {case.seconds:.1f} s", flush=True
+            )
+        kills = runs = same = lazy = 0
         while kills < given.kills:
+            case = chosen[runs % len(chosen)]
             runs += 1
-            out = home / f"run{runs}" / "out"
-            points = [point(rng, operations, seconds) for _ in range(rng.randint(1, 3))]
-            done = 0
-            for last, delay in points:
-                done += killed(start(given, out, last, None), delay)
-            code = os.waitpid(start(given, out, None, None), 0)[1]
-            found = contents(out) if code == 0 else {}
-            good = code == 0 and found == wanted and sorted(path.name for path in out.parent.iterdir()) == ["out"]
-            kills, same = kills + done, same + good
+            points = [point(rng, case) for _ in range(rng.randint(1, 3))]
+            done, wrong = disturbed(case, case.home / f"run{runs}" / "out", points)
+            kills, same = kills + done, same + (wrong is None)
+            lazy += done if case.options.get("lazy") else 0
             told = ", ".join(f"operation {last}" if last else f"{delay:.2f} s" for last, delay in points)
-            differs = [name for name in sorted({*wanted, *found}) if wanted.get(name) != found.get(name)]
-            print(f"run {runs}: {done} kills at {told}: {'identical' if good else f'DIFFERS in {differs}'}", flush=True)
-    print(f"{same} of {runs} runs, killed {kills} times, resumed to a bit-identical result")
+            print(f"run {runs}, {case.name}: {done} kills at {told}: {wrong or 'identical'}", flush=True)
+    print(f"{same} of {runs} runs, killed {kills} times ({lazy} times with lazy weights), resumed to a bit-identical result")
     return 0 if same == runs else 1
 
 
-def undisturbed(given: argparse.Namespace, home: Path) -> tuple[dict[str, str], int, float]:
-    """Files of a run that ends by itself, its file operations and seconds; a second one must give the same files."""
+def disturbed(case: Case, out: Path, points: list[tuple[int | None, float]]) -> tuple[int, str | None]:
+    """Kill a run at each of some points and let it end. How many kills met it, and what is wrong with the result."""
+    done = sum(killed(start(case, out, last, None), delay) for last, delay in points)
+    if os.waitpid(start(case, out, None, None), 0)[1]:
+        return done, "FAILED"
+    found = contents(out)
+    differs = [name for name in sorted({*case.wanted, *found}) if case.wanted.get(name) != found.get(name)]
+    left = [path.name for path in out.parent.iterdir() if path != out]
+    return done, f"DIFFERS in {differs}" if differs else f"LEFT {left}" if left else None
+
+
+def undisturbed(case: Case) -> None:
+    """Note the files of a run that ends by itself, its file operations and seconds; a second one must give the same files."""
     found = []
+    count = case.home / "count"
     for name in ("first", "second"):
+        (case.home / name).mkdir(parents=True)
         begin = time.perf_counter()
-        code = os.waitpid(start(given, home / name / "out", None, home / "count"), 0)[1]
-        seconds = time.perf_counter() - begin
+        code = os.waitpid(start(case, case.home / name / "out", None, count), 0)[1]
+        case.seconds = time.perf_counter() - begin
         if code:
             raise SystemExit("the run fails without being killed")
-        found.append(contents(home / name / "out"))
+        found.append(contents(case.home / name / "out"))
     if found[0] != found[1]:
         differs = [name for name in found[0] if found[0][name] != found[1].get(name)]
         raise SystemExit(f"two undisturbed runs differ in {', '.join(differs)}")
-    return found[0], int((home / "count").read_text()), seconds
+    case.wanted, case.operations = found[0], int(count.read_text())
 
 
-def point(rng: random.Random, operations: int, seconds: float) -> tuple[int | None, float]:
+def point(rng: random.Random, case: Case) -> tuple[int | None, float]:
     """Where to kill: before a file operation, or after a delay in seconds."""
-    return (rng.randint(1, operations), 0.0) if rng.random() < 0.5 else (None, rng.uniform(0, seconds))
+    return (rng.randint(1, case.operations), 0.0) if rng.random() < 0.5 else (None, rng.uniform(0, case.seconds))
 
 
 def killed(child: int, delay: float) -> int:

@@ -22,10 +22,10 @@ from irprune.backend import hf_config, hf_resize
 from irprune.backend.hf_config import Place, Sizes, Unfit
 from irprune.backend.hf_resize import KEY, REFERENCE, TOLERANCE, Resizing
 from irprune.backend.proof import difference
-from irprune.errors import ExportError, OutputError, ParityError
+from irprune.errors import ExportError, IrpruneError, ParityError
 from irprune.ir.facts import Note, Pretrained
 from irprune.ir.program import Program
-from irprune.pipeline.files import PART, flush, sha256, unwritable
+from irprune.pipeline.files import PART, flush, readable, remove, sha256, unwritable
 from irprune.pipeline.progress import doing
 
 Layout = Literal["auto", "plain", "resized"]
@@ -79,6 +79,7 @@ def export(
     known: Mapping[Place, hf_config.Factors] | None = None,
     layout: Layout = "auto",
     max_shard_size: str = "5GB",
+    progress: Path | None = None,
 ) -> HfCheckpoint:
     """Write a program as a checkpoint directory that answers as the program does.
 
@@ -93,6 +94,8 @@ def export(
         known: Factors of the original's axes before and after, where they are known.
         layout: ``plain`` or ``resized``; ``auto`` takes plain where it fits.
         max_shard_size: Size from which on the weights are cut into several files.
+        progress: Where shards of a program whose weights lie in files are kept until all is done: a call after one
+            that was killed, or failed, goes on with them. ``None``: nothing is kept.
 
     Raises:
         ExportError: The program is not what its class can be, in the asked layout.
@@ -110,9 +113,9 @@ def export(
         kind = "plain"
         if model is None:
             kind, model = "resized", work.resized(folder)
-        with _replacing(folder, resumes=program.source is not None) as part:
-            work.save(model, part, kind, max_shard_size)
-            notes = [*work.notes, *source.companions(part)]
+        with _replacing(folder, progress if program.source is not None else None) as part:
+            work.save(model, part, kind, max_shard_size, record=part.with_suffix(".json") if progress is not None else None)
+            notes = [*work.initialised(), *source.companions(part)]
             error, tolerance = work.check(work.again(model, part), folder)
         if kind == "resized" and reason is not None:
             notes.append(f"load it with irprune.load_pretrained: {reason}")
@@ -139,7 +142,8 @@ class Work:
         self.name = self.model_class.__name__
         self.dtype = source.model.dtype
         self.attention = getattr(source.model.config, "_attn_implementation", None)
-        self.notes: list[str] = []
+        self._missing: dict[str, None] = {}
+        self._resized: dict[str, None] = {}
         self.found = ""
         self._known = known
         self._original = original
@@ -339,13 +343,44 @@ class Work:
             if value is not None and value.shape == tensor.shape:
                 values[name] = value.detach()
             else:
-                note = f"{name} is not part of the traced program and does not fit the new sizes: it is newly initialised"
-                values[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
-                if note not in self.notes:
-                    self.notes.append(note)
+                values[name] = self.initial(model, name)
         hf_resize.assign(model, values)
         model.tie_weights()
         return model
+
+    def initial(self, model: Any, name: str) -> torch.Tensor:
+        """A tensor that nothing tells the values of, as the class initialises it; :meth:`initialised` says so.
+
+        Where an untraced tensor changes its size, what of it should stay is not known: no operation of the program reads it.
+        """
+        path, _, leaf = name.rpartition(".")
+        owner = copy.copy(model.get_submodule(path))
+        owner._parameters, owner._buffers = dict(owner._parameters), dict(owner._buffers)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            for own in (owner._parameters, owner._buffers):
+                for key, tensor in own.items():
+                    if tensor is not None:
+                        fresh = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                        own[key] = nn.Parameter(fresh, tensor.requires_grad) if own is owner._parameters else fresh  # type: ignore[assignment]
+            model._init_weights(owner)
+        old, new = self.source.model.state_dict().get(self._moved.get(name, name)), model.state_dict()[name]
+        told = self._resized if old is not None and old.shape != new.shape else self._missing
+        told[name] = None
+        return getattr(owner, leaf).detach()
+
+    def initialised(self) -> list[str]:
+        """Notes on tensors that are as the class initialises them."""
+        notes = []
+        if self._missing:
+            notes.append(f"neither traced nor in the checkpoint, so newly initialised: {', '.join(self._missing)}")
+        if self._resized:
+            outputs = ", ".join(self.program.interface.outputs)
+            notes.append(
+                f"not needed for {outputs}, so not traced, and of another size now, so newly initialised: {', '.join(self._resized)}; "
+                "to keep them, name the outputs that need them with --set outputs=..."
+            )
+        return notes
 
     # -- numbers ----------------------------------------------------------------------------------
 
@@ -393,17 +428,18 @@ class Work:
                 raise ParityError(f"output {name} of the checkpoint differs from the program's by {error:.3g}", where=str(folder))
         return worst, allowed
 
-    def write(self, model: Any, folder: Path, max_shard_size: str) -> dict[str, str]:
-        """Write weights and configuration. Returns the checksum of each file of weights."""
+    def write(self, model: Any, folder: Path, max_shard_size: str, record: Path | None) -> dict[str, str]:
+        """Write weights and configuration, noting in ``record`` what is written. Returns the checksum of each file of weights."""
         model.save_pretrained(str(folder), max_shard_size=max_shard_size)
         return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
 
     # -- files ------------------------------------------------------------------------------------
 
-    def save(self, model: Any, folder: Path, layout: str, max_shard_size: str) -> None:
+    def save(self, model: Any, folder: Path, layout: str, max_shard_size: str, record: Path | None = None) -> None:
         """Weights, configuration and the reference."""
         caches_as(model.config, self.source.config)
-        weights = self.write(model, folder, max_shard_size)
+        (folder / REFERENCE).unlink(missing_ok=True)
+        weights = self.write(model, folder, max_shard_size, record)
         tensors: dict[str, torch.Tensor] = {}
         names = list(self.program.interface.inputs)
         leaves = pytree.tree_leaves(self.program.interface.example)
@@ -449,27 +485,35 @@ def caches_as(config: Any, like: Any) -> None:
 
 
 @contextmanager
-def _replacing(folder: Path, resumes: bool = False) -> Iterator[Path]:
-    """Fill a directory so that it appears under its name only when whole; go on with what a killed run left, if asked."""
+def _replacing(folder: Path, progress: Path | None = None) -> Iterator[Path]:
+    """Fill a directory so that it appears under its name only when whole.
+
+    With ``progress`` it is filled there, and what a failure or a kill leaves stays for the next time.
+    """
     part: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if resumes:
-            part = folder.parent / f".{folder.name}{PART}"
-            part.mkdir(exist_ok=True)
+        if progress is not None:
+            part = progress / folder.name
+            part.mkdir(parents=True, exist_ok=True)
+            for left in part.iterdir():
+                if left.is_dir() or left.suffix != ".safetensors":  # whatever a kill left, but whole shards
+                    remove(left)
         else:
             part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=PART, dir=folder.parent))
         yield part
+        readable(part)
         for file in sorted(part.rglob("*")):
             if file.is_file():
                 flush(file)
-        part.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
         part.rename(folder)
     except OSError as error:
         raise unwritable(folder, error.strerror or str(error)) from error
-    except OutputError:
+    except IrpruneError as error:
+        if part is not None and error.where is not None and error.where.startswith(str(part)):
+            error.where = f"{folder}{error.where.removeprefix(str(part))}"
         raise
     except Exception as error:
         cause = next((sign for sign in ("No space left on device", "File too large", "os error") if sign in str(error)), None)
@@ -477,7 +521,7 @@ def _replacing(folder: Path, resumes: bool = False) -> Iterator[Path]:
             raise unwritable(folder, str(error).strip().splitlines()[0]) from error
         raise
     finally:
-        if part is not None:
+        if part is not None and progress is None:
             shutil.rmtree(part, ignore_errors=True)
 
 

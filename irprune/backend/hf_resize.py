@@ -24,6 +24,7 @@ from irprune.backend.hf_config import Place, Sizes
 from irprune.errors import DataError, ParityError
 from irprune.ir.program import set_tensor
 from irprune.pipeline.files import sha256
+from irprune.pipeline.progress import track
 
 KEY = "irprune"
 REFERENCE = "irprune.safetensors"
@@ -320,12 +321,13 @@ def check_files(folder: Path, *, contents: bool = True) -> None:
             raise _damaged(path, f"the file is cut off or no safetensors file: {error}") from error
     if not (folder / REFERENCE).is_file():
         return
-    for name, digest in header(folder)["weights"].items():
-        path = folder / name
-        if not path.is_file():
-            raise _damaged(path, "the file is missing")
-        if contents and sha256(path) != digest:
-            raise _damaged(path, f"the file's checksum is not the one in {REFERENCE}")
+    noted = header(folder)["weights"]
+    for name in noted:
+        if not (folder / name).is_file():
+            raise _damaged(folder / name, "the file is missing")
+    for name, digest in track(noted.items(), "check the weights") if contents else ():
+        if sha256(folder / name) != digest:
+            raise _damaged(folder / name, f"the file's checksum is not the one in {REFERENCE}")
 
 
 def _damaged(path: Path, problem: str) -> DataError:

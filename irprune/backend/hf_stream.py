@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,29 +143,43 @@ class Streamed(Work):
         hf_resize.check_files(folder, contents=False)
         return model, of_model(model, folder)
 
-    def write(self, model: Any, folder: Path, max_shard_size: str) -> dict[str, str]:
+    def write(self, model: Any, folder: Path, max_shard_size: str, record: Path | None) -> dict[str, str]:
         entries, seen = [], set[int]()
         owners = {**dict(model.named_buffers(remove_duplicate=False)), **dict(model.named_parameters(remove_duplicate=False))}
+        original = self.source.model.state_dict()
         for name, tensor in model.state_dict().items():
             if id(owners[name]) in seen:
                 continue
             seen.add(id(owners[name]))
-            if self.has(name):
+            was = self._moved.get(name, name)
+            traced = self._used_name(name) in self.program.tensors
+            if self.has(name) and (traced or original[was].shape == tensor.shape):
                 read = functools.partial(self.rows, name)
             elif tensor.is_meta:
-                self.notes.append(f"{name} is not part of the traced program and not in the checkpoint: it is zero")
-                read = functools.partial(_rows, torch.zeros(tensor.shape, dtype=tensor.dtype))
+                read = functools.partial(_rows, self.initial(model, name))
             else:
                 read = functools.partial(_rows, tensor)
             entries.append(Entry(name, tensor.dtype, tuple(tensor.shape), read))
         config = copy.deepcopy(model.config)
         config.architectures = [self.name]
         config.save_pretrained(str(folder))
-        identity = hashlib.sha256(f"{self.program.source.identity()} {max_shard_size}".encode())  # type: ignore[union-attr]
+        digests = stream.write(
+            folder, entries, most=_bytes(max_shard_size), fingerprint=self._identity(entries, max_shard_size), record=record
+        )
+        assert self.program.source is not None
+        self.program.source.identity()  # refuses files that changed in the meantime
+        return digests
+
+    def _identity(self, entries: Sequence[Entry], max_shard_size: str) -> str:
+        """A digest of all that the shards are made of: equal ones give equal shards."""
+        assert self.program.source is not None
+        digest = hashlib.sha256(f"{self.program.source.identity()} {max_shard_size}".encode())
+        for entry in entries:
+            digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
         for name, tensor in sorted(self.program.tensors.items()):
             if not tensor.is_meta:  # refitted, say
-                identity.update(name.encode() + tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return stream.write(folder, entries, most=_bytes(max_shard_size), fingerprint=identity.hexdigest())
+                digest.update(name.encode() + tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,20 +29,23 @@ class Stored:
     Attributes:
         places: Name to the file and the name in it.
         held: Tensors that no file has (buffers that a model computes when it is built).
+        states: File to its :func:`state` when it was first looked at: a file that changes while it is in use is refused.
     """
 
     places: Mapping[str, tuple[Path, str]]
     held: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    states: Mapping[Path, str] = field(default_factory=dict)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows of a tensor, on pages of the file that are let go with it.
 
         Raises:
-            DataError: The file is gone or cut off.
+            DataError: The file is gone, cut off, or not the one that it was.
         """
         if name in self.held:
             return self.held[name][start:stop] if start or stop is not None else self.held[name]
         path, key = self.places[name]
+        self._check(path)
         with opened(path) as file:
             if start == 0 and stop is None:
                 return file.get_tensor(key)
@@ -51,15 +54,43 @@ class Stored:
     def has(self, name: str) -> bool:
         return name in self.held or name in self.places
 
+    def _check(self, path: Path) -> None:
+        if path in self.states and state(path) != self.states[path]:
+            hint = "let nothing write to the checkpoint during a run, and run again"
+            raise DataError("the file changed while the run was reading it", where=str(path), hint=hint)
+
     def identity(self) -> str:
+        """Names, sizes and times of the files: the time of the last change too, which nobody can set back.
+
+        Raises:
+            DataError: A file is gone, or not the one that it was.
+        """
         digest = hashlib.sha256()
         for path in sorted({path for path, _ in self.places.values()}):
-            state = path.stat()
-            digest.update(f"{path.resolve()} {state.st_size} {state.st_mtime_ns}\n".encode())
+            self._check(path)
+            digest.update(f"{path.resolve()} {self.states.get(path) or state(path)}\n".encode())
         digest.update(repr(sorted((name, key) for name, (_, key) in self.places.items())).encode())
         for name, tensor in sorted(self.held.items()):
             digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def state(path: Path) -> str:
+    """Size, time of the last writing and time of the last change of any kind.
+
+    Raises:
+        DataError: The file is gone.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    cause = error.strerror or "no such file"
+    return DataError(f"the file cannot be read: {cause}", where=str(path), hint="repair the checkpoint")
 
 
 class opened:
@@ -73,9 +104,7 @@ class opened:
             self._file = safe_open(str(self._path), framework="pt")
             return self._file.__enter__()
         except OSError as error:
-            raise DataError(
-                f"the file cannot be read: {error.strerror or 'no such file'}", where=str(self._path), hint="repair the checkpoint"
-            ) from error
+            raise _unreadable(self._path, error) from error
         except SafetensorError as error:
             raise DataError(
                 f"the file is cut off or not a safetensors file: {error}", where=str(self._path), hint="download the checkpoint again"
@@ -137,6 +166,7 @@ def stored(
         TargetError: A needed tensor is in no file under any of its names, or has another shape there: the
             checkpoint is in a form that is converted when it is loaded.
     """
+    states = {path: state(path) for path in shards(folder)}
     there = {key: (path, shape) for key, path, shape in listed(folder)}
     places = {}
     for name, names in wanted.items():
@@ -159,4 +189,4 @@ def stored(
                 hint="it is in a form that transformers converts when it loads it: load it without lazy, and save it with save_pretrained",
             )
         places[name] = (path, key)
-    return Stored(places, held)
+    return Stored(places, held, states)

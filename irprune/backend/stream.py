@@ -1,12 +1,13 @@
 """Write safetensors shards block by block, from tensors that are never in memory as a whole.
 
-A shard appears under its name when it is complete. Its metadata hold a fingerprint of what it was made
-of, so that an interrupted write goes on with the shards that are missing; the bytes are the same as
-those of an undisturbed one.
+A shard appears under its name when it is complete. A record beside the directory holds what the shards are
+made of and the checksum of each, so that an interrupted write goes on with those that are missing or are
+not what was written; the bytes are the same as those of an undisturbed one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -18,9 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from irprune.pipeline.files import atomic, sha256, write_text
+from irprune.pipeline.files import atomic, sha256, write_text, writing
 from irprune.pipeline.progress import track
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -84,14 +84,17 @@ def plan(entries: Sequence[Entry], most: int) -> list[list[Entry]]:
     return out
 
 
-def write(folder: Path, entries: Sequence[Entry], *, most: int, fingerprint: str) -> dict[str, str]:
+def write(folder: Path, entries: Sequence[Entry], *, most: int, fingerprint: str = "", record: Path | None = None) -> dict[str, str]:
     """Write a checkpoint's weights as Hugging Face names its files.
 
     Args:
-        folder: The directory. Complete shards of the same fingerprint that lie in it are kept.
+        folder: The directory.
         entries: The tensors.
         most: Bytes of a shard.
-        fingerprint: What the weights are made of: another one makes every shard new.
+        fingerprint: What the weights are made of.
+        record: Where it is noted which shards are written. Those that an earlier call with the same fingerprint
+            noted there, and whose content still has the checksum that was noted, are kept; other weights in the
+            directory are removed. ``None``: every shard is written.
 
     Returns:
         File name to SHA-256 of each shard, in order.
@@ -101,36 +104,56 @@ def write(folder: Path, entries: Sequence[Entry], *, most: int, fingerprint: str
     """
     parts = plan(entries, most)
     names = [SINGLE] if len(parts) == 1 else [f"model-{i + 1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))]
+    kept = _kept(folder, record, fingerprint, names)
     blocks = [
-        (name, entry, span)
-        for name, part in zip(names, parts, strict=True)
-        if not _complete(folder / name, part, fingerprint)
-        for entry in part
-        for span in entry.blocks()
+        (entry, span) for name, part in zip(names, parts, strict=True) if name not in kept for entry in part for span in entry.blocks()
     ]
-    digests = {}
     with _Ahead(track(blocks, "write weights")) as done:
         for name, part in zip(names, parts, strict=True):
-            complete = _complete(folder / name, part, fingerprint)
-            digests[name] = sha256(folder / name) if complete else _shard(folder / name, part, fingerprint, done)
+            if name in kept:
+                continue
+            kept[name] = _shard(folder / name, part, done)
+            if record is not None:
+                write_text(record, json.dumps({"fingerprint": fingerprint, "shards": kept}))
     if len(parts) > 1:
         total = sum(entry.size_bytes for entry in entries)
         weight_map = {entry.name: name for name, part in zip(names, parts, strict=True) for entry in part}
         write_text(folder / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
-    return digests
+    return {name: kept[name] for name in names}
+
+
+def _kept(folder: Path, record: Path | None, fingerprint: str, names: Sequence[str]) -> dict[str, str]:
+    """The shards that need not be written again, with their checksums; all other weights in the directory are removed."""
+    there = sorted(folder.glob("*.safetensors"))
+    if not there:
+        return {}
+    noted: dict[str, str] = {}
+    if record is not None and record.is_file():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(record.read_text(encoding="utf-8"))
+            noted = dict(told["shards"]) if told["fingerprint"] == fingerprint else {}
+    kept = {}
+    for path in track(there, "check weights that are there"):
+        digest = noted.get(path.name) if path.name in names else None
+        if digest is not None and sha256(path) == digest:
+            kept[path.name] = digest
+        else:
+            with writing(path):
+                path.unlink()
+    return kept
 
 
 class _Ahead:
     """Reads the next block while the last one is written."""
 
-    def __init__(self, blocks: Iterable[tuple[str, Entry, tuple[int, int | None]]]) -> None:
+    def __init__(self, blocks: Iterable[tuple[Entry, tuple[int, int | None]]]) -> None:
         self._blocks = iter(blocks)
         self._pool = ThreadPoolExecutor(1)
         self._next = self._submit()
 
     def _submit(self) -> object:
         block = next(self._blocks, None)
-        return None if block is None else self._pool.submit(_read, block[1], block[2])
+        return None if block is None else self._pool.submit(_read, *block)
 
     def take(self) -> torch.Tensor:
         ready = self._next
@@ -149,9 +172,9 @@ def _read(entry: Entry, span: tuple[int, int | None]) -> torch.Tensor:
     return block.reshape(-1).view(torch.uint8)
 
 
-def _header(part: Sequence[Entry], fingerprint: str) -> bytes:
+def _header(part: Sequence[Entry]) -> bytes:
     """The start of a safetensors file: the length of a JSON object and the object, padded to eight bytes."""
-    listed: dict[str, object] = {"__metadata__": {"format": "pt", "irprune": fingerprint}}
+    listed: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in part:
         end = offset + entry.size_bytes
@@ -162,7 +185,7 @@ def _header(part: Sequence[Entry], fingerprint: str) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _shard(path: Path, part: Sequence[Entry], fingerprint: str, done: _Ahead) -> str:
+def _shard(path: Path, part: Sequence[Entry], done: _Ahead) -> str:
     """Write one shard. Returns its SHA-256.
 
     While a block is written it goes into the checksum beside it, and what was written before is on its way to
@@ -170,7 +193,7 @@ def _shard(path: Path, part: Sequence[Entry], fingerprint: str, done: _Ahead) ->
     """
     digest = hashlib.sha256()
     with atomic(path) as place, place.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as flushing:
-        header = _header(part, fingerprint)
+        header = _header(part)
         digest.update(header)
         file.write(header)
         flushed: Future[None] | None = None
@@ -194,18 +217,3 @@ def _shard(path: Path, part: Sequence[Entry], fingerprint: str, done: _Ahead) ->
 def _write_all(descriptor: int, data: memoryview) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-def _complete(path: Path, part: Sequence[Entry], fingerprint: str) -> bool:
-    """Whether a shard is there, whole and of the same making."""
-    header = _header(part, fingerprint)
-    try:
-        if path.stat().st_size != len(header) + sum(entry.size_bytes for entry in part):
-            return False
-        with path.open("rb") as file:
-            if file.read(len(header)) != header:
-                return False
-        with safe_open(str(path), framework="pt"):
-            return True
-    except (OSError, SafetensorError):
-        return False

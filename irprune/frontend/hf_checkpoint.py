@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
-from irprune.backend.hf_resize import Resizing, resized
+from irprune.backend.hf_resize import Resizing, check_files, resized
 from irprune.backend.hf_stream import parameters_on_meta
 from irprune.errors import DataError, IrpruneError, TargetError
 from irprune.frontend import blame
@@ -153,6 +153,7 @@ class Checkpoint:
 
         Raises:
             TargetError: The weights cannot be read or do not fit.
+            DataError: They are not those that a run wrote into this directory.
         """
         model_class, kind = self.model_class()
         options = {"dtype": dtype, "attn_implementation": attention}
@@ -194,6 +195,8 @@ class Checkpoint:
         except Exception as error:
             self._check_shards()
             raise _unreadable(self.target, error) from error
+        if how != "meta" and Path(self.location).is_dir():
+            check_files(Path(self.location))
         # The one way of running experts that traces without data-dependent sizes and has an ONNX form.
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("batched_mm")

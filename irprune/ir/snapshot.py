@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions as sympy_functions
 
 from irprune.ir.program import Applied, Program, attribute, graph_module
+from irprune.ir.sliced import Sliced
 
 
 class NotStorable(Exception):
@@ -174,6 +175,8 @@ def _symbols(reference: Program) -> dict[str, torch.SymInt]:
 def pack(program: Program, reference: Program) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """A program as JSON and the tensors that the reference does not hold.
 
+    Of weights that lie in files only what is kept of them is held.
+
     Raises:
         NotStorable: It has an interface of its own, or something in it has no form as data.
     """
@@ -211,18 +214,50 @@ def pack(program: Program, reference: Program) -> tuple[dict[str, Any], dict[str
             modules = node.meta.get("nn_module_stack") or {}
             entry["modules"] = [[str(key), str(path), kind if isinstance(kind, str) else ""] for key, (path, kind) in modules.items()]
         nodes.append(entry)
-    tensors, held = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    held: dict[str, dict[str, Any]] = {}
+    cuts = _cuts(program, reference, tensors)
     for name, tensor in program.tensors.items():
         kind = "parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
         same = reference.tensors.get(name) is tensor
         held[name] = {"kind": kind, "requires_grad": tensor.requires_grad, "same": same}
         if not same:
-            if tensor.is_meta or tensor.is_sparse or tensor.is_quantized:
+            if (tensor.is_meta and program.source is None) or tensor.is_sparse or tensor.is_quantized:
                 raise NotStorable(f"tensor {name}")
             held[name]["stride"] = list(tensor.stride())
-            tensors[name] = tensor.detach().contiguous()
+            if tensor.is_meta:
+                held[name]["meta"] = [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+            else:
+                tensors[name] = tensor.detach().contiguous()
     applied = [[one.text, one.seconds] for one in program.provenance]
-    return {"nodes": nodes, "tensors": held, "aliases": dict(program.aliases), "applied": applied}, tensors
+    return {"nodes": nodes, "tensors": held, "aliases": dict(program.aliases), "applied": applied, "cuts": cuts}, tensors
+
+
+def _cuts(program: Program, reference: Program, tensors: dict[str, torch.Tensor]) -> list[Any]:
+    """What was cut from the weights in files, the first cut first; positions and tensors go to ``tensors``."""
+    found, source = [], program.source
+    while source is not reference.source:
+        if not isinstance(source, Sliced):
+            raise NotStorable("a source of its own")
+        found.append(source)
+        source = source.of
+    out = []
+    for number, cut in enumerate(reversed(found)):
+        kept: dict[str, list[str | None]] = {}
+        for name, axes in cut.kept.items():
+            kept[name] = [None if positions is None else f"kept/{number}/{axis}/{name}" for axis, positions in enumerate(axes)]
+            tensors.update({key: torch.from_numpy(at) for key, at in zip(kept[name], axes, strict=True) if key is not None})
+        held = {name: f"held/{number}/{name}" for name in cut.held}
+        tensors.update({key: cut.held[name].detach().contiguous() for name, key in held.items()})
+        out.append({"kept": kept, "held": held})
+    return out
+
+
+def _cut(source: Any, cuts: Iterable[Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    for cut in cuts:
+        kept = {name: tuple(None if key is None else tensors[key].numpy() for key in axes) for name, axes in cut["kept"].items()}
+        source = Sliced(source, kept, {name: tensors[key] for name, key in cut["held"].items()})
+    return source
 
 
 def unpack(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], reference: Program) -> Program:
@@ -263,13 +298,18 @@ def unpack(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], referen
     for name, held in data["tensors"].items():
         _place(root, name, _tensor(held, name, tensors, reference))
     provenance = tuple(Applied(text, seconds) for text, seconds in data["applied"])
-    return Program(graph_module(root, graph), reference.interface, None, data["aliases"], provenance)
+    source = _cut(reference.source, data["cuts"], tensors)
+    return Program(graph_module(root, graph), reference.interface, None, data["aliases"], provenance, source=source)
 
 
 def _tensor(held: Mapping[str, Any], name: str, tensors: Mapping[str, torch.Tensor], reference: Program) -> torch.Tensor:
     if held["same"]:
         return attribute(reference.module, name)
-    value = tensors[name]
+    if "meta" in held:
+        shape, dtype = held["meta"]
+        value = torch.empty_strided(shape, held["stride"], dtype=getattr(torch, dtype), device="meta")
+    else:
+        value = tensors[name]
     if list(value.stride()) != held["stride"]:
         value = torch.empty_strided(value.shape, held["stride"], dtype=value.dtype).copy_(value)
     return torch.nn.Parameter(value, requires_grad=held["requires_grad"]) if held["kind"] == "parameter" else value

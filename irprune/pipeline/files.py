@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from irprune.errors import OutputError
+from irprune.errors import IrpruneError, OutputError
 
 PART = ".irprune-part"
 PARTIAL = ".partial"
@@ -141,10 +141,14 @@ def staged(
     folder, lock = None, None
     done = False
     try:
-        with _writing(path):
+        with writing(path):
             if left is None and there and any(path.iterdir()) and not force:
                 hint = "give another place with --out, or replace it with --force"
                 raise OutputError("the directory is not empty", where=str(path), hint=hint)
+            if left is None and there and beside.is_dir():
+                # What a killed process left, which had made the directory as well; one that still writes there has the lock.
+                _Lock(beside, path).release()
+                remove(beside)
             if not there:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if left is None:
@@ -157,10 +161,10 @@ def staged(
             folder = wanted
             for inside in folder.iterdir():
                 if left is None or inside.name.endswith(PART):
-                    _remove(inside)
+                    remove(inside)
             complete = (folder / PARTIAL / _COMPLETE).is_file()
         yield Stage(folder, path, left is not None, complete)
-        with _writing(path):
+        with writing(path):
             if not complete:
                 names = sorted(file.name for file in folder.iterdir() if file.name != PARTIAL)
                 write_text(folder / PARTIAL / _COMPLETE, "\n".join(names))
@@ -170,6 +174,11 @@ def staged(
                 os.replace(folder, path)
                 shutil.rmtree(path / PARTIAL, ignore_errors=True)
         done = True
+    except IrpruneError as error:
+        # The user knows the directory by the name that it will have.
+        if folder is not None and error.where is not None and error.where.startswith(str(folder)):
+            error.where = f"{path}{error.where.removeprefix(str(folder))}"
+        raise
     except KeyboardInterrupt as error:
         if resume:
             raise Interrupted(f"interrupted; what is done is kept for --resume in {path}") from error
@@ -207,7 +216,8 @@ def _reserved(path: Path, numbered: bool) -> Path:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """What the system refuses in a block is an error that names a path."""
     try:
         yield
     except OSError as error:
@@ -220,14 +230,15 @@ def _merge(stage: Path, path: Path, artefacts: Collection[str], last: str | None
     written = sorted((file for file in stage.iterdir() if file.name != PARTIAL), key=lambda file: file.name == last)
     names = (stage / PARTIAL / _COMPLETE).read_text(encoding="utf-8").splitlines()
     for name in set(artefacts) - set(names):
-        _remove(path / name)
+        remove(path / name)
     for file in written:
         if file.is_dir():
-            _remove(path / file.name)
+            remove(path / file.name)
         os.replace(file, path / file.name)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with what is in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -258,3 +269,11 @@ def flush(file: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def readable(folder: Path) -> None:
+    """Give a directory and what is in it the permissions of new files: libraries and temporary directories give the user's own only."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

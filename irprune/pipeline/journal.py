@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -67,15 +68,32 @@ class Journal:
     open: bool = True
 
     @classmethod
-    def at(cls, place: Path, original: Program, passes: Iterable[Pass], task: Task | None, *, resume: bool) -> Journal:
+    def at(
+        cls,
+        place: Path,
+        original: Program,
+        passes: Iterable[Pass],
+        task: Task | None,
+        *,
+        resume: bool,
+        given: Mapping[str, str] = MappingProxyType({}),
+    ) -> Journal:
         """The journal of a directory in the making: the one that is there, or a new one.
+
+        Args:
+            place: The directory.
+            original: The program as traced.
+            passes: The pipeline.
+            task: What the target says about data.
+            resume: Go on with what is there.
+            given: What else must be the same for that, by name.
 
         Raises:
             ResumeError: The one that is there is of another run, or damaged.
             OutputError: It cannot be written.
         """
         folder = place / PARTIAL
-        known = fingerprint(original, passes, task)
+        known = {**given, **fingerprint(original, passes, task)}
         journal = cls(folder, original)
         if resume and (folder / "run.json").is_file():
             journal._check(known)
@@ -88,10 +106,10 @@ class Journal:
     def _check(self, known: Mapping[str, str]) -> None:
         path = self.folder / "run.json"
         old = _json(path)
-        for key, now in known.items():
-            was = old.get(key)
+        for key in {**known, **old}:
+            was, now = old.get(key), known.get(key)
             if was != now:
-                told = f"was '{was}' and is '{now}'" if not _is_digest(now) else "is another one"
+                told = f"was '{was}' and is '{now}'" if not _is_digest(now or was or "") else "is another one"
                 raise ResumeError(f"the interrupted run is not this one: its {key} {told}", where=str(self.folder.parent), hint=_HINT)
 
     def _read(self) -> None:
@@ -204,6 +222,8 @@ def fingerprint(original: Program, passes: Iterable[Pass], task: Task | None) ->
     weights = hashlib.sha256()
     for text in texts(original):
         weights.update(text.encode())
+    if original.source is not None:
+        weights.update(original.source.identity().encode())
     for name, tensor in original.tensors.items():
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if not tensor.is_meta and tensor.numel():

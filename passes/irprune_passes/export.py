@@ -100,10 +100,9 @@ class Export(Pass):
                 hint = "name the target as hf:PATH_OR_ID, or give irprune.run the model of transformers itself"
                 raise ExportError("the target is no Hugging Face model, so there is no class to write", where="pass export", hint=hint)
             known = factors_of(original.program, report.keep) if report is not None else {}
-            place = folder / "hf"
-            written.append(
-                hf_export.export(program, original.program, source, place, known=known, layout=self.layout, max_shard_size=self.shard)
-            )
+            place, kept = folder / "hf", facts[Workspace].progress
+            options: dict[str, Any] = {"known": known, "layout": self.layout, "max_shard_size": self.shard, "progress": kept}
+            written.append(hf_export.export(program, original.program, source, place, **options))
         return Result(program, tuple(written))
 
     def _onnx(self, program: Program, path: Path, task: Task | None) -> OnnxFile:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +17,15 @@ from irprune_passes.score import segments
 from safetensors.torch import load_file, save_file
 
 import irprune.api as api
-from irprune.errors import DataError, TargetError
+from irprune.backend import hf_export, stream
+from irprune.backend.hf_config import factors_of
+from irprune.errors import DataError, OutputError, RecipeError, ResumeError, TargetError
 from irprune.ir import program as programs
-from irprune.ir.facts import Importance
+from irprune.ir.facts import Importance, Original, Pretrained, PruneReport, Workspace
+from irprune.ir.snapshot import pack, unpack
 from irprune.pipeline import manager
-from irprune.pipeline.parser import parse
+from irprune.pipeline.files import sha256
+from irprune.pipeline.parser import parse, write
 
 SIZES = {
     "vocab_size": 120,
@@ -28,6 +37,7 @@ SIZES = {
 }
 KINDS: dict[str, tuple[Any, Any]] = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True)),
+    "short llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 1})),
     "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config(vocab_size=120, n_embd=16, n_layer=2, n_head=4, n_positions=64)),
     "bert": (transformers.BertForMaskedLM, transformers.BertConfig(**SIZES)),
     "bare bert, loaded into a model with a head": (transformers.BertModel, transformers.BertConfig(**SIZES)),
@@ -44,7 +54,7 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("folder", KINDS, indirect=True)
+@pytest.mark.parametrize("folder", [name for name in KINDS if name != "short llama"], indirect=True)
 def test_a_lazy_program_computes_what_the_whole_one_computes(folder: Path) -> None:
     whole, _ = api.load(f"hf:{folder}")
     lazy, _ = api.load(f"hf:{folder}", lazy=True)
@@ -168,3 +178,204 @@ def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
     transformers.LlamaConfig(**SIZES, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
     with pytest.raises(TargetError, match="no safetensors weights"):
         api.load(f"hf:{tmp_path}", lazy=True)
+
+
+# -- nothing is lost --------------------------------------------------------------------------------
+
+HALVED = "score,prune{ratio=0.5 of=indices kinds=[heads,ffn] allocation=uniform round_to=1}"
+WRITTEN = f"{HALVED},export{{format=hf shard=4KB}}"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def flipped(path: Path) -> None:
+    """The last byte of a file is another one; its size and the time of its last writing are not."""
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@contextlib.contextmanager
+def full_after(shards: int) -> Iterator[list[str]]:
+    """The disk is full when so many shards are written. Gives the names of those that are begun."""
+    real, begun = stream._shard, list[str]()
+
+    def counted(path: Path, *rest: Any) -> str:
+        begun.append(path.name)
+        with pytest.MonkeyPatch.context() as patch:
+            if len(begun) > shards:
+                patch.setattr(os, "write", no_space)
+            return real(path, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "_shard", counted)
+        yield begun
+
+
+def no_space(*_: Any) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("folder", ["short llama"], indirect=True)
+def test_a_disk_that_is_full_while_shards_are_written(folder: Path, tmp_path: Path) -> None:
+    """Nothing stays; with ``resume`` the shards that are whole stay, and the result is that of an undisturbed run.
+
+    What the run wrote is read with its checksums.
+    """
+    before, target = digests(folder), f"hf:{folder}"
+    api.run(target, WRITTEN, out=tmp_path / "undisturbed", lazy=True)
+    shards = sorted(path.name for path in (tmp_path / "undisturbed" / "hf").glob("model-*.safetensors"))
+    assert len(shards) > 3
+    message = rf"at {tmp_path}/out/hf/{shards[2]}: cannot write: No space left on device"
+    with full_after(2), pytest.raises(OutputError, match=message):
+        api.run(target, WRITTEN, out=tmp_path / "out", lazy=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "undisturbed"]
+    with full_after(2), pytest.raises(OutputError, match=message):
+        api.run(target, WRITTEN, out=tmp_path / "out", lazy=True, resume=True)
+    with full_after(99) as begun:
+        api.run(target, WRITTEN, out=tmp_path / "out", lazy=True, resume=True)
+    assert begun == shards[2:]
+    assert digests(tmp_path / "out" / "hf") == digests(tmp_path / "undisturbed" / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "undisturbed"]
+    assert digests(folder) == before
+    flipped(tmp_path / "out" / "hf" / shards[1])
+    for lazy in (False, True):
+        with pytest.raises(DataError, match=rf"{shards[1]}: the file's checksum is not the one in irprune.safetensors"):
+            api.load(f"hf:{tmp_path / 'out' / 'hf'}", lazy=lazy)
+
+
+@pytest.mark.parametrize("folder", ["short llama"], indirect=True)
+def test_a_shard_of_the_input_that_changes_during_the_run_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, real = sorted(folder.glob("*.safetensors"))[1], stream._shard
+
+    def changing(path: Path, *rest: Any) -> str:
+        done = real(path, *rest)
+        if path.name.startswith("model-00002"):
+            flipped(shard)
+        return done
+
+    monkeypatch.setattr(stream, "_shard", changing)
+    with pytest.raises(DataError, match="the file changed while the run was reading it") as caught:
+        api.run(f"hf:{folder}", WRITTEN, out=tmp_path / "out", lazy=True)
+    assert caught.value.where == str(shard)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("folder", ["short llama"], indirect=True)
+def test_a_run_does_not_go_on_with_other_weights_data_or_settings(folder: Path, tokens: str, tmp_path: Path) -> None:
+    """Scores of the first half of a run would be applied to weights that they were not measured on."""
+    passes = f"{HALVED},repair,export{{format=hf shard=4KB}}"
+    options: dict[str, Any] = {"lazy": True, "calibration": tokens, "out": tmp_path / "out", "resume": True}
+    with full_after(2), pytest.raises(OutputError):
+        api.run(f"hf:{folder}", passes, **options)
+    with pytest.raises(ResumeError, match="its setting was 'lazy=True' and is 'lazy=True windows=3'"):
+        api.run(f"hf:{folder}", passes, **options, windows=3)
+    save_file({"input_ids": torch.randint(120, (6, 12), generator=torch.Generator().manual_seed(1))}, tmp_path / "other.safetensors")
+    with pytest.raises(ResumeError, match="its calibration is another one"):
+        api.run(f"hf:{folder}", passes, **{**options, "calibration": str(tmp_path / "other.safetensors")})
+    flipped(sorted(folder.glob("*.safetensors"))[1])
+    with pytest.raises(ResumeError, match="its model is another one"):
+        api.run(f"hf:{folder}", passes, **options)
+
+
+@pytest.mark.parametrize("folder", ["short llama"], indirect=True)
+def test_refitted_weights_are_part_of_what_shards_are_made_of(folder: Path, tmp_path: Path) -> None:
+    """A second export over what the first one left must not keep a shard that holds other values."""
+    program, facts = api.load(f"hf:{folder}", lazy=True)
+    known = manager.Facts([*facts, Original(program)])
+    smaller, found = manager.run(parse(HALVED), program, known)
+
+    name = "model.layers.0.mlp.down_proj.weight"
+    values = [torch.randn(smaller.tensors[name].shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+
+    def export(value: torch.Tensor) -> None:
+        refitted = smaller.clone()
+        programs.set_tensor(refitted.module, name, value)
+        options: dict[str, Any] = {"known": factors_of(program, found[PruneReport].keep), "max_shard_size": "4KB"}
+        hf_export.export(refitted, program, found[Pretrained], tmp_path / "out", progress=tmp_path / "progress", **options)
+
+    with full_after(3) as begun, pytest.raises(OutputError):
+        export(values[0])
+    with full_after(99) as again:
+        export(values[1])
+    assert begun == again[:4]
+    written = {key: tensor for path in (tmp_path / "out").glob("model-*.safetensors") for key, tensor in load_file(path).items()}
+    assert torch.equal(written[name], values[1])
+
+
+@pytest.mark.parametrize("folder", ["llama", "gpt2"], indirect=True)
+def test_a_pruned_lazy_program_is_the_same_from_a_snapshot(folder: Path) -> None:
+    program, facts = api.load(f"hf:{folder}", lazy=True)
+    smaller, _ = manager.run(parse(f"{HALVED},{HALVED}"), program, facts)
+    data, tensors = pack(smaller, program)
+    assert sum(tensor.numel() for name, tensor in tensors.items() if not name.startswith("kept/")) < 1000, "weights stay in their files"
+    back = unpack(json.loads(json.dumps(data)), {name: tensor.clone() for name, tensor in tensors.items()}, program)
+    assert smaller.source is not None
+    assert back.source is not None
+    assert back.source.identity() == smaller.source.identity()
+    for name in smaller.tensors:
+        assert back.tensors[name].is_meta == smaller.tensors[name].is_meta
+        assert torch.equal(back.value(name), smaller.value(name)), name
+    inputs = program.interface.example[1]
+    assert torch.equal(back(**inputs)[0], smaller(**inputs)[0])
+
+
+@pytest.mark.parametrize("folder", ["short llama"], indirect=True)
+def test_a_recipe_of_another_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": 1, "intermediate_size": 32}))
+    other.save_pretrained(tmp_path / "other")
+    api.run(f"hf:{tmp_path / 'other'}", HALVED, out=tmp_path / "recipe", lazy=True)
+    before = digests(folder)
+    wrong = r"the recipe is for another model: tensor .*mlp\.\w+\.weight has shape .*; it was made for hf:.*other"
+    passes = f"apply{{recipe={write(tmp_path / 'recipe' / 'recipe.safetensors')}}},export{{format=hf}}"
+    with pytest.raises(RecipeError, match=wrong):
+        api.run(f"hf:{folder}", passes, out=tmp_path / "out", lazy=True)
+    assert not (tmp_path / "out").exists()
+    assert digests(folder) == before
+
+
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT whose pooler the logits of the masked language model do not need."""
+    folder = tmp_path_factory.mktemp("pretraining")
+    torch.manual_seed(0)
+    transformers.BertForPreTraining(transformers.BertConfig(**{**SIZES, "num_hidden_layers": 1})).save_pretrained(folder)
+    return folder
+
+
+POOLER = "bert.pooler.dense.weight"
+NARROWER = "[heads,ffn,residual,other]"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "options"),
+    [
+        ("ffn", {}),
+        (NARROWER, {}),
+        (NARROWER, {"lazy": True}),
+        (NARROWER, {"outputs": "prediction_logits,seq_relationship_logits"}),
+    ],
+    ids=["same size", "narrower", "narrower, lazy", "traced"],
+)
+def test_a_part_that_was_not_traced(kinds: str, options: dict[str, Any], pretraining: Path, tmp_path: Path) -> None:
+    """It stays where its size does; else it is as the class initialises it, which a note says."""
+    program, facts = api.load(f"hf:{pretraining}", **options)
+    passes = f"score,prune{{ratio=0.25 of=indices kinds={kinds} allocation=uniform round_to=1}},export{{format=hf}}"
+    _, found = manager.run(parse(passes), program, [*facts, Original(program), Workspace(tmp_path)])
+    had = load_file(pretraining / "model.safetensors")[POOLER]
+    has, notes = load_file(tmp_path / "hf" / "model.safetensors")[POOLER], found[hf_export.HfCheckpoint].notes
+    if kinds == "ffn":
+        assert torch.equal(has, had)
+    elif "outputs" in options:
+        assert has.shape == (12, 12)
+        assert bool(torch.isin(has, had).all()), "rows and columns of the checkpoint's"
+    else:
+        (note,) = notes
+        why = "not needed for prediction_logits, so not traced, and of another size now, so newly initialised"
+        assert note.startswith(f"{why}: {POOLER}, ")
+        assert has.shape == (12, 12)
+        assert 0.01 < float(has.std()) < 0.03
+    assert len(notes) == (kinds == NARROWER and "outputs" not in options)

@@ -73,7 +73,7 @@ def operations(path: Path) -> collections.Counter[str]:
 
 
 def in_eight_bits(program: Program, folder: Path, **options: float) -> tuple[OnnxFile, float]:
-    """The file, and its largest error over the largest output."""
+    """The file, and its error over its output."""
     smaller = quantised(export(program, folder / "model.onnx"), folder / "small.onnx", program, **options)
     assert sorted(path.name for path in folder.iterdir()) == ["model.onnx", "small.onnx"]
     return smaller, error_of(program, Session(smaller.path, program, threads=1))

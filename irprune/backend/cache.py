@@ -30,12 +30,12 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from irprune.backend.onnx import Signature, flattened
+from irprune.backend.onnx import Call, Signature, flattened
 from irprune.backend.runtime import RELATIVE_TOLERANCE, dynamic_sizes, fresh_inputs, precision
 from irprune.errors import ExportError
 from irprune.frontend.export import trace
 from irprune.ir.dims import as_size
-from irprune.ir.program import Program, location
+from irprune.ir.program import Interface, Program, location
 from irprune.rules.infer import UNIFORM
 from irprune.rules.pointwise import NARY, UNARY
 from irprune.rules.registry import bind, op_name
@@ -108,6 +108,34 @@ def cached(program: Program, *, check: bool = True) -> Cached:
     interface = dataclasses.replace(traced.interface, inputs=names, outputs=outputs)
     found = Cached(dataclasses.replace(traced, interface=interface), tuple(work.states), work.label, tuple(work.whole))
     return _compared(program, flat, found) if check else found
+
+
+def real_inputs(found: Cached, sizes: Mapping[str, int] | None = None, *, seed: int = 0) -> Call:
+    """Random inputs whose cache is one: what the program itself keeps of random earlier positions.
+
+    Noise in its place leads a deep model where it amplifies every rounding.
+
+    Args:
+        found: The program with its cache.
+        sizes: Label of a dynamic axis to its size; the example's size where it is missing.
+        seed: Seed of the draw.
+    """
+    interface = found.program.interface
+    wanted = {**dynamic_sizes(interface), **(sizes or {})}
+    past, new = wanted[PAST], wanted[found.sequence]
+    drawn, _ = fresh_inputs(interface, {**wanted, found.sequence: past + new, PAST: 0, TOTAL: past + new}, seed=seed)
+    count = len(drawn) - len(found.states)
+    values, cache = drawn[:count], drawn[count:]
+    given = dataclasses.replace(interface, inputs=interface.inputs[:count], dynamic=_relabelled(interface.dynamic[:count], found.sequence))
+    if past:
+        with torch.no_grad():
+            cache = found.program(*_cut(values, given, found.sequence, found.whole, 0, past), *cache)[-len(found.states) :]
+    return (*_cut(values, given, found.sequence, found.whole, past, past + new), *cache), {}
+
+
+def _relabelled(dynamic: Sequence[Mapping[int, str]], label: str) -> tuple[dict[int, str], ...]:
+    """The axes of the inputs as the program without a cache has them."""
+    return tuple({axis: label if one == TOTAL else one for axis, one in labels.items()} for labels in dynamic)
 
 
 # -- rewriting --------------------------------------------------------------------------------------
@@ -731,10 +759,12 @@ def _whole_example(flat: Program, label: str, seed: int = 0) -> list[torch.Tenso
     return list(pytree.tree_leaves(fresh_inputs(flat.interface, sizes, seed=seed)))
 
 
-def _cut(values: Sequence[torch.Tensor], flat: Program, label: str, whole: Sequence[str], start: int, stop: int) -> list[torch.Tensor]:
+def _cut(
+    values: Sequence[torch.Tensor], interface: Interface, label: str, whole: Sequence[str], start: int, stop: int
+) -> list[torch.Tensor]:
     """The inputs of one call: positions from start to stop, those that span everything from zero."""
     out = []
-    for name, value, labels in zip(flat.interface.inputs, values, flat.interface.dynamic, strict=True):
+    for name, value, labels in zip(interface.inputs, values, interface.dynamic, strict=True):
         for axis, one in labels.items():
             if one == label:
                 first = 0 if name in whole else start
@@ -757,7 +787,7 @@ def _example(work: _Rewriter, flat: Program) -> tuple[torch.Tensor, ...]:
         concrete = [size if isinstance(size, int) else int(size.subs(hints)) for size in shape]
         noise = torch.randn(concrete, generator=generator)
         pasts.append((noise if dtype.is_floating_point else noise.abs()).to(dtype).to(device))
-    return (*_cut(values, flat, work.label, work.whole, length - new, length), *pasts)
+    return (*_cut(values, flat.interface, work.label, work.whole, length - new, length), *pasts)
 
 
 def _splits(length: int) -> Iterator[list[int]]:
@@ -787,13 +817,13 @@ def _compared(program: Program, flat: Program, found: Cached) -> Cached:
     noise = dict.fromkeys(flat.interface.outputs, 0.0)
     with torch.no_grad():
         for end in {end for ends in _splits(length) for end in ends} - {length}:
-            wanted[end] = flat(*_cut(values, flat, found.sequence, (), 0, end))
+            wanted[end] = flat(*_cut(values, flat.interface, found.sequence, (), 0, end))
             for name, whole, part in zip(flat.interface.outputs, wanted[length], wanted[end], strict=True):
                 noise[name] = max(noise[name], _rounding(whole, part))
         for ends in _splits(length):
             pasts, start = empty, 0
             for end in ends:
-                given = [*_cut(values, flat, found.sequence, found.whole, start, end), *pasts]
+                given = [*_cut(values, flat.interface, found.sequence, found.whole, start, end), *pasts]
                 if start and end == ends[-1]:
                     kept = given
                 results = found.program(*given)

@@ -58,15 +58,35 @@ _WIDE = frozenset(("Pow", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL
 
 
 def _wide(model: onnx_ir.Model) -> list[str]:
-    """Names of the nodes that need the range of float32, and of those between two of them (a norm's epsilon)."""
-    wide = [node for node in model.graph if node.op_type in _WIDE]
-    known = set(wide)
+    """Names of the nodes that need float32: for its range, or since an angle has more digits than float16.
+
+    With them the nodes between two of them (a norm's epsilon), and what an angle is computed from.
+    """
+    known = {node for node in model.graph if node.op_type in _WIDE}
+    for node in model.graph:
+        if node.op_type in ("Cos", "Sin"):
+            known.update(_angle(node))
     for node in model.graph:
         before = [value.producer() for value in node.inputs if value is not None and value.producer() is not None]
         after = [use.node for value in node.outputs for use in value.uses()]
         if before and after and known.issuperset(before) and known.issuperset(after):
-            wide.append(node)
-    return [str(node.name) for node in wide]
+            known.add(node)
+    return [str(node.name) for node in known]
+
+
+def _angle(node: onnx_ir.Node) -> set[onnx_ir.Node]:
+    """A sine or cosine with what computes its angle from positions; alone, where weight matrices take part in that."""
+    found, todo = {node}, [node]
+    while todo:
+        for value in todo.pop().inputs:
+            if value is None or value.dtype is None or not value.dtype.is_floating_point():
+                continue
+            if value.is_initializer() and value.shape is not None and sum(size != 1 for size in value.shape) > 1:
+                return {node}
+            if (above := value.producer()) is not None and above not in found:
+                found.add(above)
+                todo.append(above)
+    return found
 
 
 def _join(model: onnx_ir.Model) -> None:

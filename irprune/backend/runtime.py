@@ -310,7 +310,13 @@ class Parity:
 
 
 def parity(
-    program: Program, session: Session, *, batch: Sequence[int] = (), relative_tolerance: float | None = None, seed: int = 0
+    program: Program,
+    session: Session,
+    *,
+    batch: Sequence[int] = (),
+    relative_tolerance: float | None = None,
+    seed: int = 0,
+    inputs: Callable[[Mapping[str, int]], Call] | None = None,
 ) -> Parity:
     """Compare onnxruntime with torch on fresh random inputs, every output, at several sizes.
 
@@ -326,6 +332,7 @@ def parity(
             result is off from the same computed in float64, where that is more (a deep network whose large values
             cancel out). Integers and booleans must be equal.
         seed: Seed of the inputs.
+        inputs: Draws the inputs of given sizes, in place of :func:`fresh_inputs`.
 
     Raises:
         ParityError: Shapes, dtypes or values differ, or onnxruntime cannot run a size that torch can.
@@ -333,15 +340,16 @@ def parity(
     """
     relative = relative_tolerance or RELATIVE_TOLERANCE[precision(program)]
     closest = (-1.0, 0.0, 0.0)
-    cases = _cases(program, batch, seed)
+    draw = inputs or functools.partial(fresh_inputs, program.interface, seed=seed)
+    cases = _cases(program, batch, draw)
     for sizes, expected in track(cases, "parity"):
-        args, kwargs = fresh_inputs(program.interface, sizes, seed=seed)
+        args, kwargs = draw(sizes)
         try:
             found = session(*args, **kwargs)
         except DataError as error:
             raise ParityError(f"torch can, but {error.message}", where=_sizes(sizes), hint=_HINT) from error
         leaves = (pytree.tree_leaves(outputs) for outputs in (expected, found))
-        rounding = functools.partial(_rounding, program, sizes, seed) if relative_tolerance is None else None
+        rounding = functools.partial(_rounding, program, (args, kwargs)) if relative_tolerance is None else None
         for number, (result, want, got) in enumerate(zip(session.signature.results, *leaves, strict=True)):
             if result.name is not None:
                 where = f"output {result.name}" + (f", {_sizes(sizes)}" if sizes else "")
@@ -351,27 +359,28 @@ def parity(
 
 
 def error_of(program: Program, session: Session, *, seed: int = 0) -> float:
-    """The largest error of a file on fresh inputs, over the largest magnitude of its output; nothing is required of it."""
+    """The error of a file on fresh inputs over its output, both root mean square, of the worst output; nothing is required of it."""
     args, kwargs = fresh_inputs(program.interface, seed=seed)
     with torch.no_grad():
         leaves = (pytree.tree_leaves(outputs) for outputs in (program(*args, **kwargs), session(*args, **kwargs)))
     worst = 0.0
     for want, got in zip(*leaves, strict=True):
         if isinstance(want, torch.Tensor) and want.is_floating_point() and want.numel():
-            worst = max(worst, float((want.double() - got.double()).abs().max() / want.double().abs().max().clamp_min(_SMALLEST_SCALE)))
+            error, size = ((value.double().square().mean().sqrt()) for value in (want - got, want))
+            worst = max(worst, float(error / size.clamp_min(_SMALLEST_SCALE)))
     return worst
 
 
 _HINT = "do not use this file; export again, with optimize=false or another opset if it was written by this very program"
 
 
-def _cases(program: Program, batch: Sequence[int], seed: int) -> list[tuple[dict[str, int], Any]]:
+def _cases(program: Program, batch: Sequence[int], draw: Callable[[Mapping[str, int]], Call]) -> list[tuple[dict[str, int], Any]]:
     """Sizes of the dynamic axes and what the program answers to fresh inputs of them."""
     interface = program.interface
     example = dynamic_sizes(interface)
 
     def attempt(sizes: dict[str, int]) -> tuple[dict[str, int], Any]:
-        args, kwargs = fresh_inputs(interface, sizes, seed=seed)
+        args, kwargs = draw(sizes)
         with torch.no_grad():
             return sizes, program(*args, **kwargs)
 
@@ -404,9 +413,8 @@ def _cases(program: Program, batch: Sequence[int], seed: int) -> list[tuple[dict
     return cases
 
 
-def _rounding(program: Program, sizes: Mapping[str, int], seed: int, number: int, want: torch.Tensor) -> float:
+def _rounding(program: Program, inputs: Call, number: int, want: torch.Tensor) -> float:
     """How far an output is off from the same computed in float64; 0 where the program cannot be computed so."""
-    inputs = fresh_inputs(program.interface, sizes, seed=seed)
     flat = [v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in pytree.tree_leaves(inputs)]
     try:
         with torch.no_grad():

@@ -101,7 +101,7 @@ def _int8_lines(of: Manifest) -> Iterator[str]:
     said = of.model_dump(mode="json")
     onnx = said.get("onnx") or {}
     if "int8_relative_err" in onnx:
-        found = f"in eight bits: {onnx['file_bytes']['int8']:,} bytes, outputs within {onnx['int8_relative_err']:.2g} of the largest"
+        found = f"in eight bits: {onnx['file_bytes']['int8']:,} bytes, outputs off by {onnx['int8_relative_err']:.2%}"
         left = onnx["int8"].get("products_in_float32", 0)
         found += f", {left} product{'s' if left > 1 else ''} left in float32" if left else ""
         metrics = (said.get("metrics") or {}).get("int8") or {}

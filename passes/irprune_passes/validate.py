@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import tempfile
 import time
@@ -16,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from irprune.analysis.cost import Cost
-from irprune.backend.cache import PAST, Cached, cached
+from irprune.backend.cache import PAST, Cached, cached, real_inputs
 from irprune.backend.onnx import Call, OnnxFile
 from irprune.backend.runtime import (
     RELATIVE_TOLERANCE,
@@ -102,7 +103,7 @@ class Validation(Note):
         torch: Latency in torch, before and after.
         file_bytes: Size of the ONNX file with its external data, before and after.
         metrics: What the user's ``evaluate`` says of the ONNX files, before and after.
-        int8_error: Largest error of the file in eight bits over an output's largest magnitude.
+        int8_error: Error of the file in eight bits over its output, both root mean square, of the worst output.
     """
 
     parity: Parity
@@ -249,14 +250,15 @@ class Validate(Pass):
         after = self._subject(file, program)
         coarser = _TOLERANCE[file.precision]
         relative = self.tolerance or (coarser if coarser > RELATIVE_TOLERANCE[precision(program)] else None)
-        agreed = parity(after.computed, after.session, batch=self.batch, relative_tolerance=relative, seed=seed)
+        draw = functools.partial(real_inputs, after.cache, seed=seed) if after.cache is not None else None
+        agreed = parity(after.computed, after.session, batch=self.batch, relative_tolerance=relative, seed=seed, inputs=draw)
         subjects = {"after": after}
         error = None
         if file.quantised is not None:
             subjects["int8"] = dataclasses.replace(
                 after, session=self._session(file.quantised.path, after.computed), size_bytes=file.quantised.size_bytes
             )
-            error = error_of(after.computed, subjects["int8"].session, seed=seed)
+            error = error_of(after.program, subjects["int8"].predict, seed=seed)
         with _beside(facts[Workspace].path, self.keep_original) as path:
             if self.baseline and original is not None and original.program.module is not program.module:
                 written = written_as(original.program, path, like=(file.cache, file.precision), opset=file.opset)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -228,6 +228,9 @@ def generate(
     tokens: Annotated[int, typer.Option(min=1, help="Most new tokens; the end token ends it sooner.")] = 64,
     tokenizer: Annotated[str | None, typer.Option(metavar="DIR", help="The tokenizer; by default that beside the model.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="Threads of onnxruntime; 0: its own choice.")] = 0,
+    provider: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where onnxruntime runs; auto takes CUDA where it is offered.")
+    ] = "auto",
     timing: Annotated[bool, typer.Option("--timing", help="Say how many tokens a second it wrote.")] = False,
 ) -> None:
     """Go on from a prompt by greedy decoding, in onnxruntime."""
@@ -239,7 +242,7 @@ def generate(
         given: str | list[int] = [int(part) for part in ids.split(",")] if ids is not None else str(prompt)
     except ValueError:
         raise OptionError(f"'{ids}' is not a list of numbers", where="--ids") from None
-    done = api.generate(model, given, tokens=tokens, tokenizer=tokenizer, threads=threads)
+    done = api.generate(model, given, tokens=tokens, tokenizer=tokenizer, threads=threads, provider=provider)
     _say([",".join(map(str, done.tokens)) if done.text is None else done.text])
     if timing:
         speed = done.speed

@@ -253,11 +253,11 @@ class Bench:
         import tempfile
 
         from irprune.backend.onnx import export
-        from irprune.backend.runtime import open_session
+        from irprune.backend.runtime import opened
 
         with tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
             file = export(program, Path(scratch) / "model.onnx")
-            session, _ = open_session(file.path)
+            session, _ = opened(file.path)
             ids = np.random.default_rng(0).integers(0, 1000, (1, 64)) % int(self.tokens[next(iter(self.tokens))].max())
             feed = {session.get_inputs()[0].name: ids}
             times = []

@@ -409,7 +409,7 @@ def perplexity(predict: Predict, held_out: Tensor) -> float:
 
 
 def stories260k() -> Case:
-    """LLaMA architecture, 260,032 parameters; measured on stories that it is not calibrated on."""
+    """LLaMA architecture, 260,032 parameters; on stories that it is not calibrated on, known from transformers on the same windows."""
     from transformers import AutoTokenizer
 
     folder, source = shared("data/stories260k"), shared("data/tinystories/tinystories_train_head_944k.txt")
@@ -419,7 +419,7 @@ def stories260k() -> Case:
     held_out = [re.sub(r"\n+", "\n", story.strip()) for story in stories[len(stories) // 2 :]]
     options = {"calibration": str(source), "sequence": 256, "windows": 32, "batch": 4}
     ids = windows(tokenizer, held_out, 512, 32, [tokenizer.bos_token_id])
-    return Case(f"hf:{folder}", options, partial(perplexity, held_out=ids), (4.85, 0.5))
+    return Case(f"hf:{folder}", options, partial(perplexity, held_out=ids), (5.415, 0.01))
 
 
 def smollm2() -> Case:

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 import irprune
 from irprune.backend.archive import to_exported
-from irprune.backend.onnx_ops import translations
+from irprune.backend.onnx_ops import as_it_is, divided, quick_rules, renamed, translations
 from irprune.errors import ExportError, IrpruneError
 from irprune.ir.facts import Note
 from irprune.ir.program import Program, location
@@ -58,6 +58,7 @@ class OnnxFile(Note):
         cache: It is a decoder with a key-value cache (:mod:`irprune.backend.cache`).
         precision: What it computes in.
         quantised: The same with weights in eight bits, a file beside it.
+        products_in_float32: Of a file in eight bits: how many products stay, since their inputs have outliers.
         computes: The program and the program with a cache that was made of it, for those who compare the two.
     """
 
@@ -70,6 +71,7 @@ class OnnxFile(Note):
     cache: bool = False
     precision: Precision = "float32"
     quantised: OnnxFile | None = None
+    products_in_float32: int = 0
     computes: tuple[Program, Any] | None = field(default=None, repr=False, compare=False)
 
     def described(self) -> dict[str, Any]:
@@ -84,6 +86,7 @@ class OnnxFile(Note):
             "cache": self.cache,
             "precision": self.precision,
             **({"int8": self.quantised.described()} if self.quantised is not None else {}),
+            **({"products_in_float32": self.products_in_float32} if self.products_in_float32 else {}),
         }
 
     @classmethod
@@ -92,7 +95,8 @@ class OnnxFile(Note):
         quantised = cls.read(folder, said["int8"]) if "int8" in said else None
         cache, precision = said.get("cache", False), said.get("precision", "float32")
         path, external = folder / said["file"], tuple(said["external_data"])
-        return cls(path, said["opset"], said["inputs"], said["outputs"], said["size_bytes"], external, cache, precision, quantised)
+        left = said.get("products_in_float32", 0)
+        return cls(path, said["opset"], said["inputs"], said["outputs"], said["size_bytes"], external, cache, precision, quantised, left)
 
     def manifest(self) -> dict[str, Any]:
         return {"onnx": self.described()}
@@ -202,14 +206,18 @@ def convert(program: Program, *, opset: int | None = None, optimize: bool = True
     opset = opset or (23 if any(tensor.dtype == torch.bfloat16 for tensor in program.tensors.values()) else 20)
     with _quiet():
         flat = flattened(program, Signature.of(program))
+        renamed(flat.module.graph)
         try:
+            exported = as_it_is(to_exported(flat))
             written = torch.onnx.export(
-                to_exported(flat), verbose=False, optimize=False, opset_version=opset, custom_translation_table=translations(flat.nodes)
+                exported, verbose=False, optimize=False, opset_version=opset, custom_translation_table=translations(flat.nodes)
             )
             assert written is not None
             transposed = _transposed_weights(written.model)
             if optimize:
-                written.optimize()
+                with quick_rules():
+                    written.optimize()
+                divided(written.model)
         except IrpruneError:
             raise
         except Exception as error:

@@ -2,16 +2,26 @@
 
 :func:`irprune.backend.onnx.convert` adds those that a program calls to the exporter's own table. An
 entry is found by the operation's name, so the library that registers it need not be installed.
+
+Where the exporter knows every operation, :func:`as_it_is` spares it the decomposition, and :func:`quick_rules`
+its optimiser a search that grows with the square of the graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
+from torch.export import ExportedProgram
 
-from irprune.rules.registry import op_name
+from irprune.rules.registry import bind, op_name
+
+if TYPE_CHECKING:
+    import onnx_ir
 
 
 def grouped_mm(input: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
@@ -37,9 +47,97 @@ def grouped_mm(input: Any, weight: Any, offs: Any = None, bias: Any = None, out_
     return op.Concat(*products, op.Expand(op.CastLike(0.0, input), shape), axis=0)
 
 
-TRANSLATIONS: dict[str, Callable[..., Any]] = {"transformers::grouped_mm_fallback": grouped_mm, "aten::_grouped_mm": grouped_mm}
+def diff(self: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
+    """Each row of an axis less the one before it; of booleans, whether they differ. Source: ``torch.diff``."""
+    from onnx_ir import DataType
+    from onnxscript.onnx_opset import opset18
+
+    op: Any = opset18
+    if n != 1:
+        raise NotImplementedError("only differences of neighbours can be written")
+    parts = [part for part in (prepend, self, append) if part is not None]
+    whole = op.Concat(*parts, axis=dim) if len(parts) > 1 else self
+    after, before = op.Slice(whole, [1], [2**63 - 1], [dim]), op.Slice(whole, [0], [-1], [dim])
+    return op.Xor(after, before) if self.dtype == DataType.BOOL else op.Sub(after, before)
+
+
+TRANSLATIONS: dict[str, Callable[..., Any]] = {
+    "transformers::grouped_mm_fallback": grouped_mm,
+    "aten::_grouped_mm": grouped_mm,
+    "aten::diff": diff,
+}
+
+_OPERATORS = {
+    "aten::__and__": torch.ops.aten.bitwise_and,
+    "aten::__or__": torch.ops.aten.bitwise_or,
+    "aten::__xor__": torch.ops.aten.bitwise_xor,
+}
 
 
 def translations(nodes: Iterable[fx.Node]) -> dict[Any, Callable[..., Any]]:
     """The table for :func:`torch.onnx.export`: those of the above that are called."""
     return {node.target: TRANSLATIONS[op_name(node.target)] for node in nodes if op_name(node.target) in TRANSLATIONS}
+
+
+def renamed(graph: fx.Graph) -> None:
+    """Give operations that the exporter knows by another name that name, in place."""
+    for node in graph.nodes:
+        name = op_name(node.target) if node.op == "call_function" else ""
+        if name == "aten::to":
+            dtype = node.meta["val"].dtype
+            node.args, node.kwargs = (bind(node.target, node.args, dict(node.kwargs))["self"],), {"dtype": dtype}
+            node.target = torch.ops.aten._to_copy.default
+        elif name in _OPERATORS:
+            node.target = getattr(_OPERATORS[name], node.target._overloadname)
+
+
+def as_it_is(program: ExportedProgram) -> ExportedProgram:
+    """The program, without decomposition where that would change nothing.
+
+    The exporter traces a program again to decompose what it does not know, which takes longer than all else it does.
+    A program that writes nothing in place and calls only what the exporter knows stays what it was.
+    """
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    known, schemas = _known(), [getattr(node.target, "_schema", None) for node in nodes]
+    if all(known(node.target) or op_name(node.target) in TRANSLATIONS for node in nodes) and not any(
+        schema is not None and schema.is_mutable for schema in schemas
+    ):
+        program.run_decompositions = lambda *_: program  # type: ignore[method-assign, assignment]
+    return program
+
+
+@functools.cache
+def _known() -> Callable[[Any], bool]:
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # where it lies is the exporter's own business: then it decomposes as ever
+        return lambda target: False
+    return ONNXRegistry.from_torchlib().is_registered
+
+
+@contextlib.contextmanager
+def quick_rules() -> Iterator[None]:
+    """The optimiser's rule for pairs of slices looks at slices only; left alone, it tries all pairs at every node."""
+    try:
+        from onnxscript.rewriter.rules.common import slice_split_rule as rule
+    except ImportError:
+        yield
+        return
+    tried = rule.try_rewrite
+
+    def at_slices(model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        return tried(model, graph, node, **options) if node.op_type == "Slice" else None
+
+    rule.try_rewrite = at_slices
+    try:
+        yield
+    finally:
+        del rule.try_rewrite
+
+
+def divided(model: onnx_ir.Model) -> None:
+    """``x * (1 / y)`` becomes ``x / y``, in place: in a root mean square norm onnxruntime fuses the second only."""
+    from onnxscript.rewriter import RewriteRule, RewriteRuleSet
+
+    rule = RewriteRule(lambda op, x, y: op.Mul(x, op.Reciprocal(y)), lambda op, x, y, **_: op.Div(x, y))
+    RewriteRuleSet([rule], commute=True).apply_to_model(model)

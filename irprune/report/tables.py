@@ -97,7 +97,20 @@ def run_lines(of: Manifest) -> Iterator[str]:
         what = f"{hf['folder']}: {hf['model_class']}, outputs within {hf['max_abs_err']:.2g} of the program's"
         yield f"{what}; from_pretrained loads it without irprune" if hf["layout"] == "plain" else what
         yield from hf["notes"]
+    yield from _int8_lines(of)
     yield from _speed_lines(of)
+
+
+def _int8_lines(of: Manifest) -> Iterator[str]:
+    """What the file in eight bits costs and gives up."""
+    said = of.model_dump(mode="json")
+    onnx = said.get("onnx") or {}
+    if "int8_relative_err" in onnx:
+        found = f"in eight bits: {onnx['file_bytes']['int8']:,} bytes, outputs within {onnx['int8_relative_err']:.2g} of the largest"
+        left = onnx["int8"].get("products_in_float32", 0)
+        found += f", {left} product{'s' if left > 1 else ''} left in float32" if left else ""
+        metrics = (said.get("metrics") or {}).get("int8") or {}
+        yield ", ".join([found, *(f"{name} {value:.4g}" for name, value in metrics.items())])
 
 
 def _speed_lines(of: Manifest) -> Iterator[str]:

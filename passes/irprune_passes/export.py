@@ -68,6 +68,12 @@ class Export(Pass):
     quantise: Literal["none", "int8"] = Field(
         "none", description="int8 also writes a second file with weights in eight bits (onnxruntime's dynamic quantiser)."
     )
+    int8_loss: float = Field(
+        0.1,
+        gt=0,
+        description="A product stays in float32 in the second file where an input in eight bits would lose more than this part of it "
+        "(root mean square, on inputs like the example): that input has outliers.",
+    )
     file: str = Field("model.onnx", pattern=r"^[^/\\]+\.onnx$", description="Name of the ONNX file in the run directory.")
     layout: Layout = Field("auto", description="Layout of the checkpoint; auto is plain where that fits, else resized.")
     shard: str = Field(
@@ -102,7 +108,10 @@ class Export(Pass):
     def _onnx(self, program: Program, path: Path, task: Task | None) -> OnnxFile:
         written = written_as(program, path, opset=self.opset, optimize=self.optimize, external_data=self.external_data, like=self.like)
         if self.quantise == "int8":
-            written = dataclasses.replace(written, quantised=quantised(written, path.with_name(f"{path.stem}.int8.onnx")))
+            computed = written.computes[1].program if written.computes is not None else program
+            with doing("int8"):
+                smaller = quantised(written, path.with_name(f"{path.stem}.int8.onnx"), computed, most=self.int8_loss)
+            written = dataclasses.replace(written, quantised=smaller)
         if self.cache and task is not None and task.tokenizer is not None:
             with doing("tokenizer"):
                 task.tokenizer.save_pretrained(path.parent)

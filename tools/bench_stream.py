@@ -5,9 +5,12 @@ A sharded LLaMA-shaped checkpoint of random weights is written once (``--keep DI
 time). A process of its own prunes it with ``lazy=true``: trace on the meta device, magnitude scores, proof
 and Hugging Face export, all reading the weights as they are needed. Measured are its peak memory (resident
 pages, those of mapped files included), the whole time, and the time of writing the pruned shards against
-a plain copy of the input files. Both begin with the input in the page cache and nothing waiting to be written,
-and end with every file flushed to the disk. A round is a copy, a pruning and another copy, and the pruning is
-compared with the mean of the two; the median round counts.
+a plain copy of the input files.
+
+Both begin after an untimed copy that is removed again: the input is in the page cache, nothing waits to be
+written, and there is memory for new pages that was in use a moment ago (in a virtual machine memory that was
+not is several times as slow). Both end with every file flushed to the disk. A round is a copy, a pruning and
+another copy, and the pruning is compared with the mean of the two; the median round counts.
 
 The result is compared with the in-memory path, tensor by tensor, on a smaller checkpoint of the same shape
 (``--layers 1`` of it), since the other path needs the memory.
@@ -93,7 +96,7 @@ def prune(folder: Path, out: Path, lazy: bool) -> dict[str, Any]:
     write = stream.write
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        settle(folder)
+        settle(folder, out.parent)
         start = time.perf_counter()
         try:
             return write(*args, **kwargs)
@@ -121,18 +124,18 @@ def child(folder: Path, out: Path, lazy: bool) -> dict[str, Any]:
     return found
 
 
-def settle(folder: Path) -> None:
-    """The files of a checkpoint are in the page cache, and what others wrote is on the disk."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb", buffering=0) as opened:
-            while opened.read(2**24):
-                pass
+def settle(folder: Path, scratch: Path) -> None:
+    """Bring page cache, free memory and disk into the state that both measurements begin with."""
+    files = sorted(folder.glob("*.safetensors"))
+    with tempfile.TemporaryDirectory(dir=scratch) as place:
+        for file in files:
+            shutil.copyfile(file, Path(place) / file.name)
     os.sync()
 
 
 def copied(folder: Path, out: Path) -> float:
     """Seconds of a plain copy of the same files, each flushed to the disk; the copy is removed."""
-    settle(folder)
+    settle(folder, out.parent)
     start = time.perf_counter()
     out.mkdir()
     for file in sorted(folder.glob("*.safetensors")):

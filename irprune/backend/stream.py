@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from irprune.pipeline.progress import track
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 8 * 2**20
 _FLUSH = 64 * 2**20  # so much is written between two flushes
+_AHEAD = 3  # so many blocks are read before they are written
 # Names of the safetensors format.
 _DTYPES = {
     torch.float64: "F64",
@@ -144,21 +147,17 @@ def _kept(folder: Path, record: Path | None, fingerprint: str, names: Sequence[s
 
 
 class _Ahead:
-    """Reads the next block while the last one is written."""
+    """Reads the next blocks while one is written."""
 
     def __init__(self, blocks: Iterable[tuple[Entry, tuple[int, int | None]]]) -> None:
         self._blocks = iter(blocks)
         self._pool = ThreadPoolExecutor(1)
-        self._next = self._submit()
-
-    def _submit(self) -> object:
-        block = next(self._blocks, None)
-        return None if block is None else self._pool.submit(_read, *block)
+        self._next = deque(self._pool.submit(_read, *block) for block in itertools.islice(self._blocks, _AHEAD))
 
     def take(self) -> torch.Tensor:
-        ready = self._next
-        self._next = self._submit()
-        return ready.result()  # type: ignore[attr-defined, no-any-return]
+        ready = self._next.popleft()
+        self._next.extend(self._pool.submit(_read, *block) for block in itertools.islice(self._blocks, 1))
+        return ready.result()
 
     def __enter__(self) -> _Ahead:
         return self
@@ -196,11 +195,14 @@ def _shard(path: Path, part: Sequence[Entry], done: _Ahead) -> str:
         header = _header(part)
         digest.update(header)
         file.write(header)
+        hashed: Future[None] | None = None
         flushed: Future[None] | None = None
         waiting = 0
         for entry in part:
             for _ in entry.blocks():
                 data = done.take().numpy().data
+                if hashed is not None:
+                    hashed.result()
                 hashed = hashing.submit(digest.update, data)
                 _write_all(file.fileno(), data)
                 waiting += data.nbytes
@@ -208,9 +210,9 @@ def _shard(path: Path, part: Sequence[Entry], done: _Ahead) -> str:
                     if flushed is not None:
                         flushed.result()
                     flushed, waiting = flushing.submit(os.fsync, file.fileno()), 0
-                hashed.result()
-        if flushed is not None:
-            flushed.result()
+        for last in (hashed, flushed):
+            if last is not None:
+                last.result()
     return digest.hexdigest()
 
 

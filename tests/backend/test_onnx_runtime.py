@@ -107,7 +107,7 @@ def test_arguments_that_do_not_fit(session: Session, changes: dict[str, Any], me
 
 def test_no_file(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not a model")
-    with pytest.raises(ExportError, match="onnxruntime cannot load the file"):
+    with pytest.raises(DataError, match="this is no ONNX file"):
         Session(tmp_path / "model.onnx", records())
 
 

@@ -52,6 +52,8 @@ addEventListener("load", () => {
     width: view.innerWidth, scroll: root.scrollWidth, height: root.scrollHeight,
     dark: view.matchMedia("(prefers-color-scheme: dark)").matches,
     sections: [...page.querySelectorAll("section")].map(node => node.id),
+    tops: Object.fromEntries([...page.querySelectorAll("section")].map(node => [node.id, node.getBoundingClientRect()]).map(
+      ([id, box]) => [id, [box.top + view.scrollY, box.bottom + view.scrollY]])),
     marks: [...page.querySelectorAll("svg")].filter(node => seen(node.getBoundingClientRect())).map(
       node => node.querySelectorAll("title").length),
     small: Math.min(...[...page.querySelectorAll("svg text")].map(node => node.getBoundingClientRect().height).filter(Boolean), 99),

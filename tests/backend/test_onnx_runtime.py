@@ -237,10 +237,11 @@ def test_what_torch_itself_rounds_away_is_allowed_and_no_more() -> None:
     x = torch.linspace(0.1, 0.9, 8).reshape(2, 4)
     noisy, clean = (trace(Cancelling(large).eval(), (x,)) for large in (1e5, 0.0))
     sizes = {"batch": 2}
-    want = noisy(*runtime.fresh_inputs(noisy.interface, sizes, seed=0)[0])
-    own = runtime._rounding(noisy, sizes, 0, 0, want)
+    inputs = runtime.fresh_inputs(noisy.interface, sizes, seed=0)
+    want = noisy(*inputs[0])
+    own = runtime._rounding(noisy, inputs, 0, want)
     assert 1e-3 < own < 4e-3  # half of the distance of two float32 at 1e5 is 3.9e-3
-    assert runtime._rounding(clean, sizes, 0, 0, clean(*runtime.fresh_inputs(clean.interface, sizes, seed=0)[0])) == 0
+    assert runtime._rounding(clean, inputs, 0, clean(*inputs[0])) == 0
     runtime._compare(want, want + 3 * own, 1e-6, "y", lambda: own)
     with pytest.raises(ParityError):
         runtime._compare(want, want + 5 * own, 1e-6, "y", lambda: own)

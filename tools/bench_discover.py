@@ -3,6 +3,7 @@
 
     python tools/bench_discover.py            both parts
     python tools/bench_discover.py --shapes LLaMA-7B   the first part, one shape
+    python tools/bench_discover.py --shapes --rounds 0 --whole   a whole run with its ONNX file, which traces once
 
 First, LLaMA shapes on the meta device, each in a fresh process: inference and discovery are to take
 under 3 % of the tracing time, and the process under 1 GiB. Then a 32-layer multi-head LLaMA of width
@@ -10,7 +11,8 @@ under 3 % of the tracing time, and the process under 1 GiB. Then a 32-layer mult
 building Torch-Pruning's dependency graph and pruning every group as its own example for language models does
 (``pip install --no-deps torch-pruning``; skipped where it is not there), at least ten times faster, medians of
 interleaved rounds. Torch-Pruning's time includes its scores, so the ratio with ours is told beside; tracing and
-the proof, which it has none of, are told and not counted. Exits 1 where a target is missed.
+the proof, which it has none of, are told and not counted. With ``--whole``, tracing, pruning and export of the
+same model, and the export as torch's exporter does it left alone, which traces again. Exits 1 where a target is missed.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="*", default=["LLaMA-7B", "LLaMA-70B"], help="shapes of the first part")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of the second part; 0 leaves it out")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--whole", action="store_true", help="a whole run down to ONNX as well")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -54,6 +57,8 @@ def main() -> int:
         )
     if options.rounds:
         missed += beside(options.layers, options.rounds)
+    if options.whole:
+        whole(options.layers)
     return 1 if missed else 0
 
 
@@ -150,6 +155,45 @@ def _irprune(layers: int, ids: Any) -> dict[str, float]:
     parts = dict(zip(("discovery", "scores", "removal", "proof"), seconds, strict=True))
     left = sum(tensor.numel() for name, tensor in smaller.tensors.items() if smaller.is_parameter(name))
     return {**parts, "tracing": tracing, "params": left}
+
+
+def whole(layers: int) -> None:
+    """Tell the seconds of ``discover,score,prune`` and of the ONNX file, and of the file with the exporter's own second trace."""
+    import contextlib
+    import tempfile
+    from pathlib import Path
+    from unittest import mock
+
+    import torch
+
+    from irprune.backend.onnx import export
+    from irprune.frontend.export import trace
+    from irprune.pipeline import manager
+    from irprune.pipeline.parser import parse
+    from irprune.rules.infer import typed
+
+    torch.set_num_threads(1)
+    clock = time.process_time
+    module = _model(layers)
+    times = [clock()]
+    program = trace(module, (), {"input_ids": torch.randint(0, 1000, (2, 16))}, {"input_ids": {0: "batch", 1: "sequence"}})
+    times.append(clock())
+    smaller, _ = manager.run(parse("discover,score{criterion=magnitude},prune{ratio=0.3}"), typed(program), [])
+    times.append(clock())
+    with tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
+        export(smaller, Path(scratch) / "once.onnx")
+        times.append(clock())
+        with (
+            mock.patch("irprune.backend.onnx.as_it_is", lambda exported: exported),
+            mock.patch("irprune.backend.onnx.quick_rules", contextlib.nullcontext),
+        ):
+            export(smaller, Path(scratch) / "again.onnx")
+        times.append(clock())
+    tracing, pruning, once, again = (b - a for a, b in itertools.pairwise(times))
+    print(
+        f"LLaMA of {layers} layers, width 256: trace {tracing:.1f} s, discover, score, prune and prove {pruning:.1f} s, "
+        f"ONNX {once:.1f} s = {tracing + pruning + once:.1f} s; with the exporter's second trace {tracing + pruning + again:.1f} s (ONNX {again:.1f} s)"
+    )
 
 
 def _torch_pruning(layers: int, ids: Any) -> tuple[float, float, int]:

@@ -192,7 +192,8 @@ def whole(layers: int) -> None:
     tracing, pruning, once, again = (b - a for a, b in itertools.pairwise(times))
     print(
         f"LLaMA of {layers} layers, width 256: trace {tracing:.1f} s, discover, score, prune and prove {pruning:.1f} s, "
-        f"ONNX {once:.1f} s = {tracing + pruning + once:.1f} s; with the exporter's second trace {tracing + pruning + again:.1f} s (ONNX {again:.1f} s)"
+        f"ONNX {once:.1f} s = {tracing + pruning + once:.1f} s; with the exporter's second trace "
+        f"{tracing + pruning + again:.1f} s (ONNX {again:.1f} s)"
     )
 
 

@@ -94,9 +94,10 @@ def run_lines(of: Manifest) -> Iterator[str]:
         yield f"onnxruntime agrees with torch within {of.onnx.parity_max_abs_err:.2g}"
     hf = (of.model_extra or {}).get("huggingface")
     if hf is not None:
-        what = f"{hf['folder']}: {hf['model_class']}, outputs within {hf['max_abs_err']:.2g} of the program's"
+        what = f"{hf['folder']}: {hf.get('model_class', 'a checkpoint')}"
+        what += f", outputs within {hf['max_abs_err']:.2g} of the program's" if "max_abs_err" in hf else ""
         yield f"{what}; from_pretrained loads it without irprune" if hf["layout"] == "plain" else what
-        yield from hf["notes"]
+        yield from hf.get("notes", ())
     yield from _int8_lines(of)
     yield from _speed_lines(of)
 

@@ -48,17 +48,19 @@ def grouped_mm(input: Any, weight: Any, offs: Any = None, bias: Any = None, out_
 
 
 def diff(self: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any = None) -> Any:
-    """Each row of an axis less the one before it; of booleans, whether they differ. Source: ``torch.diff``."""
+    """Each row of an axis less the one before it, ``n`` times; of booleans, whether they differ. Source: ``torch.diff``."""
     from onnx_ir import DataType
     from onnxscript.onnx_opset import opset18
 
     op: Any = opset18
-    if n != 1:
-        raise NotImplementedError("only differences of neighbours can be written")
+    if n == 0:
+        return op.Identity(self)
     parts = [part for part in (prepend, self, append) if part is not None]
     whole = op.Concat(*parts, axis=dim) if len(parts) > 1 else self
-    after, before = op.Slice(whole, [1], [2**63 - 1], [dim]), op.Slice(whole, [0], [-1], [dim])
-    return op.Xor(after, before) if self.dtype == DataType.BOOL else op.Sub(after, before)
+    for _ in range(n):
+        after, before = op.Slice(whole, [1], [2**63 - 1], [dim]), op.Slice(whole, [0], [-1], [dim])
+        whole = op.Xor(after, before) if self.dtype == DataType.BOOL else op.Sub(after, before)
+    return whole
 
 
 TRANSLATIONS: dict[str, Callable[..., Any]] = {

@@ -55,6 +55,8 @@ class Operators(nn.Module):
             ids.diff(dim=1, prepend=ids[:, :1] - 1),
             seen.diff(),
             x.diff(dim=0, append=x[:1]),
+            x.diff(2) + x.diff(0)[:, 2:],
+            seen.diff(3),
         )
 
 

@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch.utils import _pytree as pytree
 
-from irprune.backend.cache import PAST, TOTAL
+from irprune.backend.cache import PAST, real_inputs
 from irprune.backend.onnx import OnnxFile, write
 from irprune.backend.runtime import dynamic_sizes, fresh_inputs, opened
 from irprune.errors import ExportError
@@ -118,7 +118,7 @@ def quantised(file: OnnxFile, path: Path, program: Program, *, most: float = 0.1
     Args:
         file: The file to quantise, in float32.
         path: Where the result goes.
-        program: What the file computes: its inputs are drawn like this one's example.
+        program: The program; inputs like its example are drawn.
         most: Largest part of a product (root mean square) that the quantisation of its input may lose.
 
     Raises:
@@ -134,7 +134,7 @@ def quantised(file: OnnxFile, path: Path, program: Program, *, most: float = 0.1
             model = onnx.load(file.path)
             del model.graph.value_info[:]
             _untie(model)
-            coarse = {name: loss for name, loss in _losses(model, scratch, program).items() if loss > most}
+            coarse = {name: loss for name, loss in _losses(model, scratch, _inputs(file, program)).items() if loss > most}
             try:
                 quantize_dynamic(
                     model,
@@ -178,11 +178,11 @@ def _untie(model: onnx.ModelProto) -> None:
             model.graph.node.remove(node)
 
 
-def _losses(model: onnx.ModelProto, scratch: Path, program: Program) -> dict[str, float]:
+def _losses(model: onnx.ModelProto, scratch: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Name of each product with a weight to the part of it that an input in eight bits loses.
 
     An input is quantised in steps of one size, from its smallest value to its largest, so its error is uniform within
-    a step; the weight's norm says what becomes of that. Measured on inputs like the example.
+    a step; the weight's norm says what becomes of that. Measured on the given inputs, by name.
     """
     import numpy as np
     import onnx
@@ -202,9 +202,8 @@ def _losses(model: onnx.ModelProto, scratch: Path, program: Program) -> dict[str
     finally:
         scratch.unlink(missing_ok=True)
         del model.graph.output[count:]
-    leaves = pytree.tree_leaves(fresh_inputs(program.interface, _whole(program)))
     taken = {value.name for value in session.get_inputs()}
-    feeds = {name: leaf.numpy() for name, leaf in zip(program.interface.inputs, leaves, strict=True) if name in taken}
+    feeds = {name: value.numpy() for name, value in inputs.items() if name in taken}
     asked = [name for name in wanted if name not in feeds]
     found = {**feeds, **dict(zip(asked, session.run(asked, feeds), strict=True))}
     out = {}
@@ -218,14 +217,15 @@ def _losses(model: onnx.ModelProto, scratch: Path, program: Program) -> dict[str
     return out
 
 
-def _whole(program: Program) -> dict[str, int]:
-    """The example's sizes; with a cache all of its positions as new ones, since most of what there is to see are prompts."""
-    sizes = dynamic_sizes(program.interface)
-    if PAST in sizes:
-        length = sizes.pop(PAST)
-        label = next(label for label in sizes if label not in ("batch", TOTAL))
-        sizes |= {label: sizes[label] + length, PAST: 0}
-    return sizes
+def _inputs(file: OnnxFile, program: Program) -> dict[str, torch.Tensor]:
+    """Inputs like the example; with a cache all of its positions as new ones, since most of what there is to see are prompts."""
+    if file.computes is None:
+        interface, given = program.interface, fresh_inputs(program.interface)
+    else:
+        found = file.computes[1]
+        interface, sizes = found.program.interface, dynamic_sizes(found.program.interface)
+        given = real_inputs(found, {found.sequence: sizes[found.sequence] + sizes[PAST], PAST: 0})
+    return dict(zip(interface.inputs, pytree.tree_leaves(given), strict=True))
 
 
 @contextlib.contextmanager

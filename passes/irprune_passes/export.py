@@ -108,9 +108,8 @@ class Export(Pass):
     def _onnx(self, program: Program, path: Path, task: Task | None) -> OnnxFile:
         written = written_as(program, path, opset=self.opset, optimize=self.optimize, external_data=self.external_data, like=self.like)
         if self.quantise == "int8":
-            computed = written.computes[1].program if written.computes is not None else program
             with doing("int8"):
-                smaller = quantised(written, path.with_name(f"{path.stem}.int8.onnx"), computed, most=self.int8_loss)
+                smaller = quantised(written, path.with_name(f"{path.stem}.int8.onnx"), program, most=self.int8_loss)
             written = dataclasses.replace(written, quantised=smaller)
         if self.cache and task is not None and task.tokenizer is not None:
             with doing("tokenizer"):

@@ -9,16 +9,19 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from irprune_passes.export import written_as
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from typer.testing import CliRunner
 
 import irprune.api as irprune
-from irprune.backend import cache
+from irprune.backend import cache, precision
 from irprune.backend.cache import cached
 from irprune.backend.generate import Decoder
 from irprune.backend.onnx import export
+from irprune.backend.precision import quantised
+from irprune.backend.runtime import dynamic_sizes
 from irprune.cli import app
 from irprune.errors import DataError, ExportError
 from irprune.frontend.export import trace
@@ -232,3 +235,15 @@ def test_parity_runs_on_what_the_program_keeps() -> None:
     assert torch.equal(whole[0][:, 5:], ids)
     (wanted, *_), (got, *_) = (found.program(*given) for given in (whole, (ids, mask, *caches)))
     assert torch.allclose(wanted[:, 5:], got, atol=1e-5)
+
+
+def test_eight_bits_are_judged_on_a_prompt_whatever_the_axes_are_called(tmp_path: Path) -> None:
+    example = torch.randint(32, (2, 12))
+    traced = trace(Toy().eval(), (example,), dynamic={"ids": {0: "rows", 1: "tokens"}})
+    file = written_as(traced, tmp_path / "model.onnx", like=(True, "float32"))
+    assert file.computes is not None
+    sizes = dynamic_sizes(file.computes[1].program.interface)
+    given = precision._inputs(file, traced)
+    assert given["ids"].shape == (2, sizes["tokens"] + sizes["past"])
+    assert {value.shape[2] for name, value in given.items() if name != "ids"} == {0}
+    assert quantised(file, tmp_path / "small.onnx", traced).cache

@@ -24,7 +24,7 @@ from irprune.backend import hf_resize, stream
 from irprune.backend.hf_export import Work, caches_as
 from irprune.backend.source import Stored, stored
 from irprune.backend.stream import Entry
-from irprune.ir.program import Program
+from irprune.ir.program import Program, content
 
 
 @contextlib.contextmanager
@@ -178,7 +178,8 @@ class Streamed(Work):
             digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
         for name, tensor in sorted(self.program.tensors.items()):
             if not tensor.is_meta:  # refitted, say
-                digest.update(name.encode() + tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(name.encode())
+                digest.update(content(tensor))
         return digest.hexdigest()
 
 
@@ -196,7 +197,12 @@ class _Own:
         return _rows(self.held[name], start, stop) if name in self.held else self.work.rows(name, start, stop)
 
     def identity(self) -> str:
-        raise NotImplementedError
+        assert self.work.program.source is not None
+        digest = hashlib.sha256(self.work.program.source.identity().encode())
+        for name, tensor in sorted(self.held.items()):
+            digest.update(name.encode())
+            digest.update(content(tensor))
+        return digest.hexdigest()
 
 
 def _rows(tensor: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from irprune.errors import DataError, TargetError
+from irprune.ir.program import content
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -71,7 +72,8 @@ class Stored:
             digest.update(f"{path.resolve()} {self.states.get(path) or state(path)}\n".encode())
         digest.update(repr(sorted((name, key) for name, (_, key) in self.places.items())).encode())
         for name, tensor in sorted(self.held.items()):
-            digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(content(tensor))
         return digest.hexdigest()
 
 

@@ -124,6 +124,11 @@ class Interface:
     notes: tuple[str, ...] = ()
 
 
+def content(tensor: torch.Tensor) -> Any:
+    """The bytes of a tensor's numbers as an array, for a digest; not copied where they lie in order in the processor's memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
     """A module under a graph. Its code is generated at the first call: most programs on the way of a pipeline are never called."""
     return _LazyGraphModule(root, graph)

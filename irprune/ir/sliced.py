@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from irprune.ir.program import Source
+from irprune.ir.program import Source, content
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class Sliced:
         for name, kept in sorted(self.kept.items()):
             digest.update(name.encode() + b"".join(b"-" if one is None else one.tobytes() for one in kept))
         for name, tensor in sorted(self.held.items()):
-            digest.update(name.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode())
+            digest.update(content(tensor))
         return digest.hexdigest()
 
 

@@ -27,7 +27,7 @@ from safetensors.torch import load, save_file
 
 from irprune.errors import ResumeError
 from irprune.ir.facts import Fact, PruneReport, Task
-from irprune.ir.program import Program
+from irprune.ir.program import Program, content
 from irprune.ir.snapshot import NotStorable, decode, encode, pack, texts, unpack
 from irprune.pipeline.files import PARTIAL, flush, sha256, unwritable, write_text
 from irprune.pipeline.parser import unparse
@@ -227,7 +227,7 @@ def fingerprint(original: Program, passes: Iterable[Pass], task: Task | None) ->
     for name, tensor in original.tensors.items():
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if not tensor.is_meta and tensor.numel():
-            raw: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            raw = content(tensor)
             weights.update(raw)
     out = {
         "pipeline": unparse(passes),

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from irprune.errors import DataError
+from irprune.ir.program import content
 from irprune.pipeline.files import atomic
 
 _METADATA = "irprune.recover"
@@ -117,5 +118,5 @@ def key_of(options: Mapping[str, Any], batches: Sequence[Any], tensors: Mapping[
     leaves = [leaf for batch in batches for leaf in pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)]
     for tensor in (*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *(tensors[name] for name in sorted(tensors))):
         digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(content(tensor))
     return digest.hexdigest()

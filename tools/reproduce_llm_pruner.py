@@ -53,7 +53,11 @@ from irprune.pipeline.parser import parse
 
 SHARED = Path(os.environ.get("IRPRUNE_SHARED", "../shared"))
 SAMPLES, LENGTH = 10, 128
-TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+TASKS = {
+    **{name: f"zeroshot/{name}.jsonl" for name in ("boolq", "piqa", "winogrande", "arc_easy", "arc_challenge")},
+    "hellaswag": "hellaswag/hellaswag_val_full.txt.bz2",
+    "openbookqa": "zeroshot/openbook_qa.jsonl",
+}
 
 # What LLM-Pruner reports for LLaMA-7B: WikiText-2, PTB, mean of seven tasks. Tables 1, 2 and 14, appendix.
 PAPER: dict[str, tuple[float | None, float | None, float | None]] = {
@@ -241,11 +245,9 @@ class Bench:
         return program, {step.of.name: step.seconds for step in timing.steps}
 
     def _zero_shot(self, predict: Predictor) -> tuple[dict[str, float], float]:
-        from irprune.evaluate.tasks import accuracy, averages, documents, named
+        from irprune.evaluate.tasks import accuracy, averages, documents
 
-        folder = SHARED / "data"
-        files = {**named((), folder / "zeroshot"), **named((), folder / "hellaswag")}
-        tasks = {name: documents(path) for name, path in files.items() if name in TASKS}
+        tasks = {name: documents(SHARED / "data" / path) for name, path in TASKS.items()}
         measured = accuracy(predict, self.tokenizer, tasks, limit=self.options.tasks)
         return {name: one.acc if one.acc_norm is None else one.acc_norm for name, one in measured.items()}, averages(measured)["acc_norm"]
 

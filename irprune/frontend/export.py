@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 from irprune.errors import DataError, TargetError, TraceError
 from irprune.frontend import axes, blame
+from irprune.frontend.repeats import Repeats
 from irprune.ir.dims import as_size
 from irprune.ir.edit import place
 from irprune.ir.program import Interface, Program, attribute, graph_module
@@ -78,11 +79,10 @@ def trace(
         _register_dataclasses(expected)
         with axes.marked(leaves, wanted), axes.tied(module, wanted), axes.watched() as specialised, _quiet():
             try:
-                traced = torch.export.export(module, args, kwargs, strict=False).module(check_guards=False)
+                traced = _exported(module, args, kwargs)
             except Exception as error:
                 raise _trace_error(module, error) from error
     graph = traced.graph
-    _inline_regions(traced)
     _drop_noise(graph)
     _lay_out(graph)
     aliases = _untie(module, traced)
@@ -101,6 +101,21 @@ def trace(
             flat = pytree.tree_leaves(expected)
             _check_faithful(program, [flat[position] for position in positions])
     return program
+
+
+def _exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """The flat graph of ``torch.export``, identical layers run once where that can be done."""
+    repeats = Repeats(module)
+
+    def flat() -> fx.GraphModule:
+        traced = torch.export.export(module, args, kwargs, strict=False).module(check_guards=False)
+        _inline_regions(traced)
+        return traced
+
+    if repeats.possible:
+        with contextlib.suppress(Exception), repeats.watching():  # whatever is wrong shows in the whole trace, too
+            return repeats.written_out(flat())
+    return flat()
 
 
 # -- inputs ---------------------------------------------------------------------------------------

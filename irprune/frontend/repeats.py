@@ -148,9 +148,8 @@ class Repeats:
         self.regions: list[_Region] = []
         self.repeated = 0
         self._sets = _alike(model)
-        self._hidden: dict[
-            int, dict[str, Any]
-        ] = {}  # by id of a module's ``__dict__``: the tracer puts proxies that share it before modules
+        # By the id of a module's ``__dict__``, which the tracer's proxies of the module share with it.
+        self._hidden: dict[int, dict[str, Any]] = {}
         self._members: dict[int, tuple[int, str, torch.nn.Module]] = {}
         self._known: dict[Any, list[_Region]] = defaultdict(list)
         self._in_vain: Counter[int] = Counter()

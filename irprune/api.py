@@ -9,6 +9,7 @@ result.program, result.manifest, result.path
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import sys
@@ -19,8 +20,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
 
 from irprune.analysis.cost import Cost
 from irprune.analysis.plan import PlanRow, plan_table
@@ -37,7 +40,7 @@ from irprune.evaluate.tasks import named as tasks_named
 from irprune.frontend import export
 from irprune.frontend.batches import Binding
 from irprune.ir.facts import Fact, Groups, Note, Original, Plan, PruneReport, Task, Workspace
-from irprune.ir.program import Program
+from irprune.ir.program import Program, content
 from irprune.pipeline import files, manager, manifest, processes, registry
 from irprune.pipeline.instruments import Timed, Timing, Untouched
 from irprune.pipeline.journal import Journal
@@ -465,14 +468,22 @@ def _run(
 
 
 def _given(target: Target, options: Mapping[str, Any]) -> dict[str, str]:
-    """What a run was started with and its program does not show: how a target that is named is loaded, and its calibration file."""
-    if not isinstance(target, str | os.PathLike):
-        return {}
-    plain = (f"{name}={value}" for name, value in sorted(options.items()) if name != "calibration" and isinstance(value, _PLAIN))
-    found = {"setting": " ".join(plain)}
+    """What a run was started with and its program does not show: how a target that is named is loaded, and its calibration.
+
+    Batches that can be read only in turn (a loader, a function) may come in another order each time and are not compared.
+    """
     calibration = options.get("calibration")
+    found = {}
     if isinstance(calibration, str | os.PathLike) and Path(calibration).is_file():
         found["calibration"] = files.sha256(calibration)
+    elif isinstance(calibration, list | tuple):
+        digest = hashlib.sha256()
+        for leaf in pytree.tree_leaves(calibration):
+            digest.update(content(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
+        found["calibration"] = digest.hexdigest()
+    if isinstance(target, str | os.PathLike):
+        plain = (f"{name}={value}" for name, value in sorted(options.items()) if name != "calibration" and isinstance(value, _PLAIN))
+        found["setting"] = " ".join(plain)
     return found
 
 

@@ -179,6 +179,7 @@ def stopped(out: Path, text: str = TWICE) -> None:
         ({"seed": 1}, "its seed was '0' and is '1'"),
         ({"passes": passes("score,prune{ratio=0.5 round_to=2}", 2)}, "its pipeline was '"),
         ({"example_inputs": (torch.randn(2, 1, 9, 9),)}, "its model is another one"),
+        ({"calibration": list(small_model.calibration())[:1]}, "its calibration is another one"),
     ],
 )
 def test_another_run_is_not_gone_on_with(changed: dict[str, Any], message: str, tmp_path: Path) -> None:

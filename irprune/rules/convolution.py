@@ -102,7 +102,7 @@ adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d 
 _adaptive_avg_pool2d _adaptive_avg_pool3d max_pool1d_with_indices max_pool3d_with_indices
 upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d
 upsample_bicubic2d _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bilinear2d_aa
-_upsample_bicubic2d_aa
+_upsample_bicubic2d_aa _upsample_lanczos2d_aa
 """
 
 
@@ -125,6 +125,21 @@ def fractional_pool(op: Op, self: Value, random_samples: Value) -> Any:
     if channel:
         op.unify(self.axes[0], random_samples.axes[0])
     return pool(op)
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def unpool(op: Op, self: Value, indices: Value) -> Axes:
+    """The places in ``indices`` are counted in space alone: channels pass."""
+    lead = self.ndim - (2 if op.name.endswith("2d") else 3)
+    spatial(op, *self.axes[lead:], *indices.axes[lead:])
+    return (*op.broadcast(self.axes[:lead], indices.axes[:lead]), *places(op, op.shape[lead:]))
+
+
+@rule("affine_grid_generator")
+def affine_grid(op: Op, theta: Value) -> Axes:
+    """theta ``(N, rank, rank + 1)``, result ``(N, *space, rank)``."""
+    spatial(op, *theta.axes[1:])
+    return (theta.axes[0], *places(op, op.shape[1:]))
 
 
 @rule("im2col")

@@ -54,16 +54,35 @@ def index(op: Op, self: Value, indices: list[Value | None]) -> Axes:
     Their axes stand where the indexed axes stood if those are neighbours, else in front.
     """
     at = [i for i, tensor in enumerate(indices) if tensor is not None]
-    if any(tensor is not None and str(tensor.dtype) in ("torch.bool", "torch.uint8") for tensor in indices):
-        for term in self.axes:
-            op.freeze(term, "data-dependent", "a mask selects from it")
-        return tuple(op.solid(size, "data-dependent", "a mask selects it") for size in op.shape)
+    if any(_is_mask(tensor) for tensor in indices):
+        return _selected(op, self, indices)
     chosen = _chosen(op, self, at[0], indices[at[0]]) if len(at) == 1 else None
     if chosen is not None:
         return (*self.axes[: at[0]], chosen, *self.axes[at[0] + 1 :])
     for i in at:
         _looked_up(op, self.axes[i], indices[i])
     return _indexed(op, self, indices, at)
+
+
+def _is_mask(index: Value | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def _spanned(op: Op, self: Value, indices: list[Value | None]) -> tuple[int, int]:
+    """The axes that a mask spans, first and past the last: positions of them are selected together. All, if it is not alone."""
+    given = [(i, tensor) for i, tensor in enumerate(indices) if tensor is not None]
+    first, last = (given[0][0], given[0][0] + given[0][1].ndim) if len(given) == 1 else (0, self.ndim)
+    for term in (*self.axes[first:last], *(term for _, tensor in given for term in tensor.axes)):
+        op.freeze(term, "data-dependent", "a mask selects from it")
+    return first, last
+
+
+def _selected(op: Op, self: Value, indices: list[Value | None]) -> Axes:
+    """What a mask selects: the axes that it spans become one, those beside it pass."""
+    first, last = _spanned(op, self, indices)
+    count = len(op.shape) - self.ndim + last - first
+    chosen = (op.solid(size, "data-dependent", "a mask selects it") for size in op.shape[first : first + count])
+    return (*self.axes[:first], *chosen, *self.axes[last:])
 
 
 def _looked_up(op: Op, term: Term, index: Value | None) -> None:
@@ -115,6 +134,28 @@ def gather(op: Op, self: Value, dim: int, index: Value) -> Axes:
     return index.axes
 
 
+@rule("take_along_dim")
+def take_along_dim(op: Op, self: Value, indices: Value, dim: int | None = None) -> Axes:
+    """As :func:`gather`, but the other axes are broadcast."""
+    if dim is None:
+        for term in self.axes:
+            op.freeze(term, "data-dependent", LOOKED_UP)
+        return (tuple(atom for term in indices.axes for atom in term),)
+    at = dim % self.ndim
+    pairs = [(a, b) for i, (a, b) in enumerate(zip(self.axes, indices.axes, strict=True)) if i != at]
+    rest = [op.broadcast((a,), (b,))[0] for a, b in pairs]
+    _looked_up(op, self.axes[at], indices)
+    return (*rest[:at], indices.axes[at], *rest[at:])
+
+
+@rule("take")
+def take(op: Op, self: Value, index: Value) -> Axes:
+    """Positions are counted through all axes."""
+    for term in self.axes:
+        op.freeze(term, "data-dependent", LOOKED_UP)
+    return index.axes
+
+
 def _along(op: Op, value: Value, dim: int, other: Value) -> None:
     for i in range(value.ndim):
         if i == dim % value.ndim:
@@ -159,10 +200,12 @@ def index_add(op: Op, self: Value, dim: int, index: Value, source: Any = None) -
 def index_put(op: Op, self: Value, indices: list[Value | None], values: Value) -> Axes:
     """``self[i, :, j] = values``: as :func:`index`, written instead of read."""
     at = [i for i, tensor in enumerate(indices) if tensor is not None]
-    if any(tensor is not None and str(tensor.dtype) in ("torch.bool", "torch.uint8") for tensor in indices):
-        for value in op.operands():
-            for term in value.axes:
-                op.freeze(term, "data-dependent", "a mask selects from it")
+    if any(_is_mask(tensor) for tensor in indices):
+        first, last = _spanned(op, self, indices)
+        beside = self.ndim - last
+        for term in (*self.axes[:first], *values.axes[: max(values.ndim - beside, 0)]):
+            op.freeze(term, "data-dependent", "a mask selects where it goes")
+        op.broadcast(self.axes[last:], values.axes[max(values.ndim - beside, 0) :])
         return self.axes
     for i in at:
         op.freeze(self.axes[i], "data-dependent", LOOKED_UP)

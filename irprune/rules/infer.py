@@ -24,6 +24,9 @@ zeros ones full empty rand randn new_zeros new_ones new_full new_empty scalar_te
 """
 UNIFORM = frozenset(f"aten::{name}" for name in UNIFORM_NAMES.split())
 
+# Of these, all positions hold one number.
+FILLED = UNIFORM - {f"aten::{name}" for name in ("empty", "rand", "randn", "new_empty", "empty_like")}
+
 # What moves numbers about and leaves them as they are: their first operand's positions are the result's.
 MOVES_NAMES = """
 view reshape flatten unflatten to _to_copy clone contiguous detach alias unsqueeze squeeze transpose permute t expand select slice
@@ -84,6 +87,10 @@ class Op:
 
     def first(self) -> Value:
         return self.operands()[0]
+
+    def uniform(self, value: Value) -> bool:
+        """Whether an operand holds one number everywhere, and nothing writes to it."""
+        return op_name(value.node.target) in FILLED and value.node not in _written(value.node.graph)
 
     def unify(self, a: Term, b: Term) -> bool:
         return self.types.dims.unify(a, b, self._why)

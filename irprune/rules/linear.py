@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from irprune.ir.dims import UNIT, Term
 from irprune.ir.program import Axes
 from irprune.rules.infer import Op, Value
@@ -42,7 +44,7 @@ def _matmul(op: Op, a: Value, b: Value) -> Axes:
     return (*batch, *rows, *columns)
 
 
-@rule("matmul", "bmm", "mm", "mv", "dot", "vdot", "inner")
+@rule("matmul", "bmm", "mm", "mv", "dot", "vdot", "inner", "linalg_matmul")
 def matmul(op: Op) -> Axes:
     a, b = op.operands()
     if "inner" in op.name and b.ndim > 1:
@@ -68,6 +70,77 @@ def outer(op: Op) -> Axes:
     a, b = op.operands()
     op.macs((*a.axes[0], *b.axes[0]))
     return (a.axes[0], b.axes[0])
+
+
+@rule("addr")
+def addr(op: Op, self: Value, vec1: Value, vec2: Value) -> Axes:
+    """``self + outer(vec1, vec2)``."""
+    op.macs((*vec1.axes[0], *vec2.axes[0]))
+    return op.broadcast((vec1.axes[0], vec2.axes[0]), self.axes)
+
+
+@rule("kron")
+def kron(op: Op, self: Value, other: Value) -> Axes:
+    """Every axis is the product of both operands' axes, the first one's major; missing ones are in front."""
+    a, b = ((UNIT,) * (len(op.shape) - value.ndim) + value.axes for value in (self, other))
+    op.macs(_product((*a, *b)))
+    return tuple((*x, *y) for x, y in zip(a, b, strict=True))
+
+
+@rule("tensordot")
+def tensordot(op: Op, self: Value, other: Value, dims_self: list[int], dims_other: list[int]) -> Axes:
+    """Pairs of axes are contracted; what is left of the first operand stands before what is left of the second."""
+    left, right = [d % self.ndim for d in dims_self], [d % other.ndim for d in dims_other]
+    for i, j in zip(left, right, strict=True):
+        op.unify(self.axes[i], other.axes[j])
+    op.contract(self, *left)
+    op.contract(other, *right)
+    rows = tuple(term for i, term in enumerate(self.axes) if i not in left)
+    columns = tuple(term for j, term in enumerate(other.axes) if j not in right)
+    op.macs(_product((*self.axes, *columns)))
+    return (*rows, *columns)
+
+
+@rule("linalg_multi_dot", "chain_matmul")
+def multi_dot(op: Op) -> Axes:
+    """``a @ b @ ... @ z``; the first and the last one may be vectors. In which order is for the operation to choose."""
+    operands = op.operands()
+    for a, b in itertools.pairwise(operands):
+        op.unify(a.axes[-1], b.axes[0])
+        op.contract(a, -1)
+        op.contract(b, 0)
+    return (*operands[0].axes[:-1], *operands[-1].axes[1:])
+
+
+@rule("linalg_vecdot", "cosine_similarity")
+def along(op: Op, dim: int = -1) -> Axes:
+    """A sum of products along one axis; the cosine divides it by two norms, which are sums of squares along it."""
+    a, b = op.operands()
+    both = op.broadcast(a.axes, b.axes)
+    at = dim % len(both)
+    for value in (a, b):
+        if len(both) - value.ndim <= at:
+            op.contract(value, at - len(both))
+    op.macs(_product(both))
+    return (*both[:at], *both[at + 1 :])
+
+
+@rule("linalg_inv", "linalg_cholesky", "matrix_exp", "linalg_matrix_power", "linalg_pinv", "linalg_det", "logdet")
+def matrices(op: Op) -> Axes:
+    """Functions of whole matrices ``(*, n, m)``: leading axes pass."""
+    value = op.first()
+    for term in value.axes[-2:]:
+        op.freeze(term, "mixed", "a function of whole matrices is computed over it")
+    lead = value.axes[:-2]
+    return (*lead, *(op.solid(size, "mixed", "a function of whole matrices gives it") for size in op.shape[len(lead) :]))
+
+
+@rule("linalg_solve_triangular")
+def solve_triangular(op: Op, self: Value, B: Value, left: bool = True) -> Axes:
+    """``X`` of ``self @ X = B`` (not left: ``X @ self = B``); the other axis of ``B`` is one of independent problems."""
+    for term in (*self.axes[-2:], B.axes[-2 if left else -1]):
+        op.freeze(term, "mixed", "linear equations are solved over it")
+    return (*op.broadcast(self.axes[:-2], B.axes[:-2]), *B.axes[-2:])
 
 
 @rule("einsum")
@@ -125,7 +198,7 @@ def bilinear(op: Op, input1: Value, input2: Value, weight: Value, bias: Value | 
     return (*lead, weight.axes[0])
 
 
-@rule("cdist", "pairwise_distance", "cosine_similarity", "cross")
+@rule("cdist", "pairwise_distance", "cross", "linalg_cross")
 def between(op: Op) -> Axes:
     """Distances and the like: both operands' axes stay whole."""
     for value in op.operands():

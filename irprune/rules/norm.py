@@ -175,14 +175,14 @@ def masked_group_norm(
     return (out if bias is None else out + bias.reshape(-1, *tail)).to(input.dtype)
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
+@rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax", "special_log_softmax")
 def softmax(op: Op, self: Value, dim: int) -> Axes:
     if self.ndim:
         op.mix(self, "softmax", dim)
     return self.axes
 
 
-@renormalise("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
+@renormalise("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "special_softmax", "special_log_softmax")
 def masked_softmax(keep: Keep, self: torch.Tensor, dim: int, **_: Any) -> torch.Tensor:
     """Positions that are gone get no weight."""
     return keep.call(self=self.masked_fill(~keep.mask("self", dim), -torch.inf))

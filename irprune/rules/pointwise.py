@@ -17,6 +17,8 @@ sigmoid sign signbit silu sin sinc sinh softplus softshrink special_expit specia
 alias _to_copy to type_as zero fill
 _assert_tensor_metadata detach_copy alias_copy pin_memory special_erf special_log1p
 real imag angle _conj conj_physical resolve_conj resolve_neg _neg_view
+arccos arccosh arcsin arcsinh arctan arctanh frexp isneginf isposinf polygamma mvlgamma special_entr special_erfcx special_gammaln
+special_i0 special_i0e special_i1 special_i1e special_log_ndtr special_ndtri special_psi
 """
 
 NARY = """
@@ -25,6 +27,8 @@ clamp_min clip copysign div divide eq floor_divide fmax fmin fmod ge greater gre
 less less_equal lerp logaddexp logaddexp2 logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne
 nextafter not_equal pow remainder rsub sub subtract true_divide where xlogy special_xlogy __and__ __or__ __xor__ __lshift__
 __rshift__ isclose complex polar
+__iand__ __ior__ __ixor__ __ilshift__ __irshift__
+arctan2 float_power gcd lcm special_gammainc special_gammaincc special_xlog1py special_zeta
 """
 
 

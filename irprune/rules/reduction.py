@@ -52,6 +52,7 @@ def vector_norm(op: Op, self: Value) -> Axes:
 
 
 MIXED = {"mean": "mean", "nanmean": "mean", "var": "var", "std": "std", "prod": "prod", "logsumexp": "logsumexp"}
+MIXED |= {"special_logsumexp": "logsumexp"}
 MIXED |= {"amax": "max", "amin": "min", "max": "max", "min": "min", "all": "all", "any": "any"}
 
 
@@ -140,7 +141,7 @@ def masked_var(
     return (out if keepdim else out.squeeze(dims)).to(keep.dtype)
 
 
-@renormalise("amax", "max", "logsumexp", "amin", "min", "prod", "any", "all")
+@renormalise("amax", "max", "logsumexp", "special_logsumexp", "amin", "min", "prod", "any", "all")
 def masked_extreme(keep: Keep, self: torch.Tensor, dim: Any = None, **_: Any) -> torch.Tensor:
     """What is gone gets the value that changes nothing: the least, the greatest, 1, or its truth."""
     mask = keep.mask("self", *_dims(self, dim))

@@ -181,6 +181,24 @@ def resize_expand(rw: Resize, size: list[Any], **_: Any) -> None:
     rw.set("size", rw.sizes(size))
 
 
+@rule("broadcast_tensors")
+def broadcast_tensors(op: Op, tensors: list[Value]) -> list[Axes]:
+    """Every result has the axes that an elementwise operation on all of them would give."""
+    return [op.broadcast(*(t.axes for t in tensors))] * len(tensors)
+
+
+@rule("atleast_1d", "atleast_2d", "atleast_3d")
+def atleast(op: Op) -> Any:
+    """Single positions are added: in front, and for the third axis behind."""
+    rank = int(op.name[-2])
+    behind = {(1, 3): 1, (2, 3): 1}
+    found = []
+    for value in op.operands():
+        after = behind.get((value.ndim, rank), 0)
+        found.append((UNIT,) * max(rank - value.ndim - after, 0) + value.axes + (UNIT,) * after)
+    return found if isinstance(op.node.meta.get("val"), list | tuple) else found[0]
+
+
 @rule("repeat", "tile")
 def repeat(op: Op, self: Value, repeats: list[int] | None = None, dims: list[int] | None = None) -> Axes:
     """Copies are the major factor: ``(times, axis)``."""
@@ -316,9 +334,49 @@ def resize_narrow(rw: Resize, dim: int, start: Any, length: Any, **_: Any) -> No
 
 @rule("select", "select_copy")
 def select(op: Op, self: Value, dim: int, index: Any) -> Axes:
-    op.freeze(self.axes[dim], "position", "a single position of it is read")
+    """A single position is read. Of contents that are the same everywhere it does not matter which one."""
+    if op.uniform(self):
+        op.note("any", self.axes[dim])
+    else:
+        op.freeze(self.axes[dim], "position", "a single position of it is read")
     at = dim % self.ndim
     return (*self.axes[:at], *self.axes[at + 1 :])
+
+
+@resize("select", "select_copy")
+def resize_select(rw: Resize, dim: int, **_: Any) -> None:
+    if rw.shrinks("self", dim):
+        rw.set("index", 0)
+
+
+@rule("slice_scatter")
+def slice_scatter(op: Op, self: Value, src: Value, dim: int = 0, start: Any = None, end: Any = None, step: Any = 1) -> Axes:
+    """``self`` with a block of an axis put in its place: as :func:`slice_axis`, written instead of read."""
+    at = dim % self.ndim
+    op.broadcast((*self.axes[:at], *self.axes[at + 1 :]), (*src.axes[:at], *src.axes[at + 1 :]))
+    size = self.shape[at]
+    if step == 1 and all(isinstance(item, int | None) for item in (start, end)) and isinstance(size, int):
+        first, last = _bounds(start, end, size)
+        op.unify(cut(op, self.axes[at], first, last, size), src.axes[at])
+    else:
+        for term in (self.axes[at], src.axes[at]):
+            op.freeze(term, "position", "a slice with a step or computed bounds is written")
+    return self.axes
+
+
+@resize("slice_scatter")
+def resize_slice_scatter(rw: Resize, step: Any = 1, **arguments: Any) -> None:
+    if step == 1:
+        resize_slice(rw, **arguments)
+
+
+@rule("select_scatter")
+def select_scatter(op: Op, self: Value, src: Value, dim: int, index: Any) -> Axes:
+    """``self`` with a single position of an axis written."""
+    at = dim % self.ndim
+    op.freeze(self.axes[at], "position", "a single position of it is written")
+    op.broadcast((*self.axes[:at], *self.axes[at + 1 :]), src.axes)
+    return self.axes
 
 
 @rule("unbind", "unbind_copy")
@@ -365,8 +423,8 @@ def split_along(op: Op, self: Value) -> list[Axes]:
 
 
 def _along(target: Any, ndim: int) -> int:
-    """``h`` is axis 1 (0 of a vector), ``v`` axis 0, ``d`` axis 2."""
-    return {"h": min(1, ndim - 1), "v": 0, "d": 2}[target.__name__[0]]
+    """``h`` is axis 1 (0 of a vector), ``v`` axis 0, ``d`` axis 2; ``r`` stacks rows and ``c`` columns."""
+    return {"h": min(1, ndim - 1), "v": 0, "d": 2, "r": 0, "c": 1}[target.__name__[0]]
 
 
 @resize("hsplit", "vsplit", "dsplit")
@@ -395,7 +453,7 @@ def cat(op: Op, tensors: list[Value], dim: int = 0, axis: int | None = None) -> 
     return (*out[:at], term, *out[at + 1 :])
 
 
-@rule("hstack", "vstack", "dstack")
+@rule("hstack", "vstack", "dstack", "row_stack", "column_stack")
 def cat_along(op: Op, tensors: list[Value]) -> Axes:
     """:func:`cat` along the axis that the operation's name stands for; operands that gain an axis for it are frozen."""
     rank = len(op.shape)
@@ -494,6 +552,30 @@ def flip(op: Op, self: Value, dims: list[int]) -> Axes:
     return tuple(axes)
 
 
+@rule("fliplr", "flipud")
+def flip_along(op: Op, self: Value) -> Axes:
+    return flip(op, self, [1 if op.name == "fliplr" else 0])
+
+
+@rule("rot90")
+def rot90(op: Op, self: Value, k: int = 1, dims: Sequence[int] = (0, 1)) -> Axes:
+    """Quarter turns: one axis is flipped for a single turn, and both change places; both are flipped for two."""
+    a, b = (d % self.ndim for d in dims)
+    axes = list(flip(op, self, [[], [b], [a, b], [a]][k % 4]))
+    if k % 2:
+        axes[a], axes[b] = axes[b], axes[a]
+    return tuple(axes)
+
+
+@rule("fft_fftshift", "fft_ifftshift")
+def fftshift(op: Op, self: Value, dim: Any = None) -> Axes:
+    """The halves of an axis change places; of an odd one, the middle position goes with the first or the second half."""
+    dims = range(self.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    for d in dims:
+        op.freeze(self.axes[d], "position", "its halves change places")
+    return self.axes
+
+
 def permuted(op: Op, term: Term, order: Sequence[int]) -> Term:
     """The axis made of single positions of ``term`` in the given order (repetitions allowed)."""
     if all(var.frozen for var in variables(resolve(term))):
@@ -524,7 +606,8 @@ def like(op: Op, self: Value) -> Axes:
     return self.axes
 
 
-@rule("arange", "linspace", "eye", "tril_indices", "triu_indices", "logspace", "hann_window")
+@rule("arange", "linspace", "eye", "tril_indices", "triu_indices", "logspace", "hann_window", "hamming_window", "bartlett_window")
+@rule("blackman_window", "kaiser_window", "fft_fftfreq", "fft_rfftfreq")
 def positional(op: Op) -> Axes:
     """The contents depend on the position."""
     return tuple(op.solid(size, "position", "its contents depend on the position") for size in op.shape)

@@ -85,13 +85,15 @@ DOMAINS: list[tuple[str, Callable[[Tensor], Tensor]]] = [
         """
         reciprocal relu relu6 round selu sgn sigmoid sign silu sin sinc sinh softplus softshrink special_ndtr square tan
         tanh trunc alias detach_copy alias_copy special_erf lift lift_fresh_copy
+        arcsinh arctan isneginf isposinf special_erfcx special_i0 special_i0e special_i1 special_i1e special_log_ndtr
         """,
         lambda h: h,
     ),
     ("digamma lgamma log log10 log2 rsqrt sqrt log1p expm1 cosh asinh special_log1p", lambda h: h.sigmoid() + 0.1),
-    ("acos asin atanh erfinv logit special_expit", lambda h: h.tanh() * 0.4 + 0.5),
+    ("special_entr special_gammaln special_psi", lambda h: h.sigmoid() + 0.1),
+    ("acos asin atanh erfinv logit special_expit arccos arcsin arctanh special_ndtri", lambda h: h.tanh() * 0.4 + 0.5),
     ("isfinite isinf isnan logical_not signbit", lambda h: h.relu()),
-    ("acosh", lambda h: h.abs() + 1),
+    ("acosh arccosh", lambda h: h.abs() + 1),
 ]
 
 
@@ -113,6 +115,9 @@ for _names, _domain in DOMAINS:
 
 WITH_ARGUMENTS: dict[str, Callable[[Tensor], Tensor]] = {
     "threshold": lambda h: aten.threshold(h, 0.1, 20.0),
+    "polygamma": lambda h: torch.polygamma(1, h.sigmoid() + 0.5),
+    "mvlgamma": lambda h: torch.mvlgamma(h.sigmoid() + 1.5, 2),
+    "frexp": lambda h: sum(torch.frexp(h)),
     "dropout_": lambda h: aten.dropout_(h.clone(), 0.5, False),
     "alpha_dropout": lambda h: aten.alpha_dropout(h, 0.5, False),
     "feature_dropout": lambda h: aten.feature_dropout(h, 0.5, False),
@@ -146,7 +151,7 @@ NARY: list[tuple[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]]] = [
     (
         """
         add atan2 copysign div divide eq fmax fmin fmod ge greater greater_equal gt hypot le less less_equal lt maximum
-        minimum mul multiply ne not_equal remainder sub subtract true_divide
+        minimum mul multiply ne not_equal remainder sub subtract true_divide arctan2
         """,
         lambda a, b: (a, b),
     ),
@@ -154,8 +159,12 @@ NARY: list[tuple[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]]] = [
         "floor_divide heaviside ldexp logaddexp logaddexp2 logical_and logical_or logical_xor xlogy special_xlogy clamp_max clamp_min",
         lambda a, b: (a, b.abs() + 0.5),
     ),
-    ("bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__", lambda a, b: (a > 0, b > 0)),
-    ("bitwise_left_shift bitwise_right_shift __lshift__ __rshift__", lambda a, b: (a.long() + 9, (b > 0).long())),
+    ("bitwise_and bitwise_or bitwise_xor __and__ __or__ __xor__ __iand__ __ior__ __ixor__", lambda a, b: (a > 0, b > 0)),
+    ("bitwise_left_shift bitwise_right_shift __lshift__ __rshift__ __ilshift__ __irshift__", lambda a, b: (a.long() + 9, (b > 0).long())),
+    ("gcd lcm", lambda a, b: ((a * 9).long(), (b * 9).long())),
+    ("special_gammainc special_gammaincc float_power", lambda a, b: (a.abs() + 0.5, b.abs() + 0.5)),
+    ("special_xlog1py", lambda a, b: (a, b.abs())),
+    ("special_zeta", lambda a, b: (a.abs() + 1.5, b.abs() + 0.5)),
     ("nextafter isclose pow", lambda a, b: (a.abs() + 0.1, b)),
     ("addcdiv addcmul lerp where", lambda a, b: (a, b, b.abs() + 0.5)),
 ]
@@ -292,6 +301,62 @@ case(
         3,
     ),
 )
+case("linalg_matmul", "ffn:8", ROWS, lambda n, x: torch.linalg.matmul(n.linear(x, 8), n.parameter(8, 3)))
+case("linalg_vecdot", "ffn:8", ROWS, lambda n, x: torch.linalg.vecdot(n.linear(x, 8), n.parameter(8)))
+case("linalg_multi_dot", "ffn:8 other:5", ROWS, lambda n, x: torch.linalg.multi_dot([n.linear(x, 8), n.parameter(8, 5), n.parameter(5, 3)]))
+case(
+    "linalg_multi_dot/vector",
+    "ffn:8 other:5",
+    ROWS,
+    lambda n, x: torch.linalg.multi_dot([n.linear(x, 8), n.parameter(8, 5), n.parameter(5)]),
+)
+case("tensordot", "ffn:8", ROWS, lambda n, x: torch.tensordot(n.linear(x, 8), n.parameter(8, 3), 1))
+case(
+    "tensordot/heads",
+    "ffn:4 ffn:2",
+    SEQUENCE,
+    lambda n, x: torch.tensordot(n.linear(x, 8).view(-1, 5, 2, 4), n.parameter(4, 3, 2), ([3, 2], [0, 2])),
+)
+case(
+    "addr",
+    "other:5 ffn:6",
+    VECTOR,
+    lambda n, x: n.linear(torch.addr(n.parameter(6), n.linear(x, 5), n.linear(x, 6)), 3).sum(0),
+    dynamic=STATIC,
+    zeroing=False,
+)
+case("kron", "ffn:4 ffn:2", ROWS, lambda n, x: n.linear(torch.kron(n.linear(x, 4), n.parameter(2)), 3))
+case(
+    "linalg_inv linalg_cholesky matrix_exp linalg_matrix_power linalg_pinv linalg_det logdet",
+    "heads:2 head_dim:4",
+    SEQUENCE,
+    lambda n, x: (
+        lambda a: n.linear(
+            (
+                torch.linalg.inv(a)
+                + torch.linalg.cholesky(a)
+                + torch.matrix_exp(a * 0.01)
+                + torch.linalg.matrix_power(a, 2)
+                + torch.linalg.pinv(a)
+                + (torch.linalg.det(a) + torch.logdet(a))[..., None, None]
+            )
+            .transpose(1, 2)
+            .flatten(2),
+            3,
+        )
+    )((lambda h: h @ h.mT + torch.eye(5, dtype=x.dtype))(heads(n.linear(x, 8), 2))),
+    dynamic=STATIC,
+)
+case(
+    "linalg_solve_triangular",
+    "ffn:2 ffn:4",
+    SEQUENCE,
+    lambda n, x: n.linear(
+        merged(torch.linalg.solve_triangular(torch.eye(5, dtype=x.dtype) + n.parameter(2, 5, 5), heads(n.linear(x, 8), 2), upper=False)), 3
+    ),
+    dynamic=STATIC,
+)
+case("linalg_cross", "", ROWS, lambda n, x: torch.linalg.cross(n.linear(x, 3), n.linear(x, 3)))
 case(
     "bilinear",
     "ffn:5 ffn:6 ffn:8",
@@ -299,7 +364,10 @@ case(
     lambda n, x: n.linear(n.layer(lambda: torch.nn.Bilinear(5, 6, 8))(n.linear(x, 5), n.linear(x, 6)), 3),
 )
 case("cdist", "", SEQUENCE, lambda n, x: torch.cdist(n.linear(x, 8), n.parameter(3, 8)))
-case("cosine_similarity", "", ROWS, lambda n, x: F.cosine_similarity(n.linear(x, 8), n.parameter(8), dim=-1))
+case("cosine_similarity", "ffn:8", ROWS, lambda n, x: F.cosine_similarity(n.linear(x, 8), n.parameter(8), dim=-1), zeroing=False)
+case(
+    "cosine_similarity/of another axis", "ffn:8", SEQUENCE, lambda n, x: n.linear(F.cosine_similarity(n.linear(x, 8), n.linear(x, 8), 1), 3)
+)
 case("pairwise_distance", "", ROWS, lambda n, x: F.pairwise_distance(n.linear(x, 8), n.parameter(8)))
 case("cross", "", ROWS, lambda n, x: aten.cross(n.linear(x, 3), n.linear(x, 3), -1))
 
@@ -373,6 +441,7 @@ POOLS: list[tuple[str, int, Callable[[Tensor], Any]]] = [
     ("upsample_bicubic2d", 2, lambda h: aten.upsample_bicubic2d(h, [12, 12], False)),
     ("_upsample_nearest_exact2d", 2, lambda h: aten._upsample_nearest_exact2d(h, [12, 12])),
     ("_upsample_bilinear2d_aa", 2, lambda h: aten._upsample_bilinear2d_aa(h, [3, 3], False)),
+    ("_upsample_lanczos2d_aa", 2, lambda h: aten._upsample_lanczos2d_aa(h, [3, 3], False)),
     ("_upsample_bicubic2d_aa", 2, lambda h: aten._upsample_bicubic2d_aa(h, [3, 3], False)),
     (
         "fractional_max_pool3d",
@@ -404,6 +473,25 @@ for _rank, _inputs in ((1, SIGNAL), (2, IMAGE), (3, VOLUME)):
         " ".join(name for name, _ in _chosen), " ".join(["conv:4"] * len(_chosen)), _inputs, pooled(_rank, [apply for _, apply in _chosen])
     )
 
+case("max_unpool2d", "conv:4", IMAGE, lambda n, x: n.conv(F.max_unpool2d(*F.max_pool2d(n.conv(x, 4), 2, return_indices=True), 2), 2))
+case(
+    "max_unpool3d",
+    "conv:4",
+    VOLUME,
+    lambda n, x: n.conv(F.max_unpool3d(*F.max_pool3d(n.conv(x, 4, rank=3), 2, return_indices=True), 2), 2, rank=3),
+)
+case(
+    "affine_grid_generator",
+    "conv:8",
+    IMAGE,
+    lambda n, x: n.conv(
+        F.grid_sample(
+            n.conv(x, 8), F.affine_grid(n.linear(x.mean((2, 3)), 6).tanh().view(-1, 2, 3), [2, 8, 4, 4], False), align_corners=False
+        ),
+        2,
+    ),
+    dynamic=STATIC,
+)
 case("max_pool1d/over features", "", SEQUENCE, lambda n, x: n.linear(F.max_pool1d(n.linear(x, 8), 2), 2))
 case("im2col", "conv:4", IMAGE, lambda n, x: n.linear(F.unfold(n.conv(x, 4), 2).transpose(1, 2), 3))
 case(
@@ -595,6 +683,8 @@ case("softmax", "ffn:8~", ROWS, lambda n, x: n.linear(n.linear(x, 8).softmax(-1)
 case("softmax/in two", "ffn:2 ffn:4~", ROWS, lambda n, x: n.linear(n.linear(x, 8).view(-1, 2, 4).softmax(-1).flatten(1), 3))
 case("log_softmax", "ffn:8~", ROWS, lambda n, x: n.linear(n.linear(x, 8).log_softmax(-1), 3))
 case("_softmax", "ffn:8~", ROWS, lambda n, x: n.linear(aten._softmax(n.linear(x, 8), -1, False), 3))
+case("special_softmax", "ffn:8~", ROWS, lambda n, x: n.linear(torch.special.softmax(n.linear(x, 8), -1), 3))
+case("special_log_softmax", "ffn:8~", ROWS, lambda n, x: n.linear(torch.special.log_softmax(n.linear(x, 8), -1), 3))
 case("_log_softmax", "ffn:8~", ROWS, lambda n, x: n.linear(aten._log_softmax(n.linear(x, 8), -1, False), 3))
 case("_safe_softmax", "ffn:8~", ROWS, lambda n, x: n.linear(aten._safe_softmax(n.linear(x, 8), -1), 3))
 case(
@@ -652,6 +742,7 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "std/everything": lambda h: h.std(),
     "prod": lambda h: h.prod(-1, keepdim=True),
     "logsumexp": lambda h: h.logsumexp(-1, keepdim=True),
+    "special_logsumexp": lambda h: torch.special.logsumexp(h, -1, keepdim=True),
     "amax": lambda h: h.amax(-1, keepdim=True),
     "amin": lambda h: h.amin(-1, keepdim=True),
     "max/everything": lambda h: h.max(),

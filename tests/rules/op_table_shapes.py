@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 from nets import Net, tensor
-from op_table import IMAGE, ROWS, SEQUENCE, STATIC, aten, case
+from op_table import IMAGE, ROWS, SEQUENCE, STATIC, VECTOR, aten, case
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -175,6 +175,27 @@ case(
 case("narrow_copy", "ffn:3 other:5", ROWS, lambda n, x: n.linear(aten.narrow_copy(n.linear(x, 8), 1, 2, 3), 3))
 case("select", "ffn:4", ROWS, lambda n, x: n.linear((lambda h: h[:, 0] * h[:, -1])(n.linear(x, 8).view(-1, 2, 4)), 3))
 case("select_copy", "ffn:4", ROWS, lambda n, x: n.linear(aten.select_copy(n.linear(x, 8).view(-1, 2, 4), 1, 0), 3))
+case(
+    "select/of one number everywhere",
+    "ffn:8",
+    ROWS,
+    lambda n, x: (lambda h: n.linear(h * torch.full_like(h, 1.5)[:, 5, None], 3))(n.linear(x, 8)),
+)
+case(
+    "select/of numbers written",
+    "",
+    ROWS,
+    lambda n, x: n.linear((lambda h: h * torch.zeros_like(h).copy_(h)[:, 5, None])(n.linear(x, 8)), 3),
+)
+case(
+    "slice_scatter",
+    "ffn:3 ffn:5",
+    ROWS,
+    lambda n, x: n.linear(torch.slice_scatter(n.linear(x, 8), n.linear(x, 3), 1, 2, 5), 3),
+)
+case("slice_scatter/step", "", ROWS, lambda n, x: n.linear(torch.slice_scatter(n.linear(x, 8), n.linear(x, 4), 1, 0, 8, 2), 3))
+case("slice_scatter/places", "ffn:8", SEQUENCE, lambda n, x: n.linear(torch.slice_scatter(n.linear(x, 8), n.linear(x[:, :2], 8), 1, -2), 3))
+case("select_scatter", "ffn:8", SEQUENCE, lambda n, x: n.linear(torch.select_scatter(n.linear(x, 8), n.linear(x[:, 0], 8), 1, 2), 3))
 case("unbind", "ffn:4", ROWS, lambda n, x: n.linear((lambda a, b: a * b)(*n.linear(x, 8).view(-1, 2, 4).unbind(1)), 3))
 case("unbind_copy", "ffn:4", ROWS, lambda n, x: n.linear(sum(aten.unbind_copy(n.linear(x, 8).view(-1, 2, 4), 1)), 3))
 case("split", "ffn:4", ROWS, lambda n, x: n.linear((lambda a, b: a * b)(*n.linear(x, 8).split(4, -1)), 3))
@@ -266,6 +287,11 @@ case(
     "hstack/vectors", "ffn:3 ffn:5", (tensor(4),), lambda n, x: n.linear(torch.hstack([n.linear(x, 3), n.linear(x, 5)]), 3), dynamic=STATIC
 )
 case("vstack/vectors", "", (tensor(4),), lambda n, x: n.linear(torch.vstack([n.linear(x, 3), n.linear(x, 3)]), 3), dynamic=STATIC)
+case("column_stack", "ffn:3 ffn:5", ROWS, lambda n, x: n.linear(torch.column_stack([n.linear(x, 3), n.linear(x, 5)]), 3))
+case(
+    "column_stack/vectors", "", (tensor(4),), lambda n, x: n.linear(torch.column_stack([n.linear(x, 3), n.linear(x, 3)]), 3), dynamic=STATIC
+)
+case("row_stack", "ffn:3 ffn:5", ROWS, lambda n, x: n.linear(torch.row_stack([n.linear(x, 3).T, n.linear(x, 5).T]).T, 3))
 case("stack", "ffn:6", ROWS, lambda n, x: n.linear(torch.stack([n.linear(x, 6), n.linear(x, 6)], 1).sum(1), 3))
 case("stack/flattened", "ffn:6", ROWS, lambda n, x: n.linear(torch.stack([n.linear(x, 6), n.linear(x, 6)], -1).flatten(1), 3))
 case("constant_pad_nd", "conv:8", IMAGE, lambda n, x: n.conv(aten.constant_pad_nd(n.conv(x, 8), [1, 1]), 2))
@@ -308,6 +334,22 @@ case("roll/two axes", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).ro
 case("roll/back and forth", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).roll(-2, -1).relu().roll(2, -1), 3))
 case("roll/everything", "", ROWS, lambda n, x: n.linear(n.linear(x, 8).roll(3), 3))
 case("flip/of space", "conv:4", IMAGE, lambda n, x: n.conv(n.conv(x, 4).flip(2, 3), 3))
+case("fliplr flipud", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).fliplr().transpose(0, 1).flipud().transpose(0, 1), 3))
+case(
+    "rot90",
+    "conv:4",
+    IMAGE,
+    lambda n, x: n.conv(n.conv(x, 4).rot90(1, (2, 3)) + n.conv(x, 4).rot90(2, (2, 3)) + n.conv(x, 4).rot90(-1, (2, 3)), 3),
+)
+case(
+    "fft_fftshift fft_ifftshift", "conv:4", IMAGE, lambda n, x: n.conv(torch.fft.ifftshift(torch.fft.fftshift(n.conv(x, 4), (2, 3)), 2), 3)
+)
+case(
+    "fft_fftfreq fft_rfftfreq",
+    "conv:4",
+    IMAGE,
+    lambda n, x: n.conv(n.conv(x, 4) * torch.fft.fftfreq(6, dtype=x.dtype) * torch.fft.rfftfreq(10, dtype=x.dtype)[:, None], 3),
+)
 case("pixel_shuffle", "conv:2", IMAGE, lambda n, x: n.conv(F.pixel_shuffle(n.conv(x, 8), 2), 3))
 case("pixel_unshuffle", "conv:2", IMAGE, lambda n, x: n.conv(F.pixel_unshuffle(n.conv(x, 2), 2), 3))
 case("channel_shuffle", "conv:2 conv:4", IMAGE, lambda n, x: n.conv(F.channel_shuffle(n.conv(x, 8), 2), 3))
@@ -337,6 +379,19 @@ case(
     ),
     dynamic=STATIC,
 )
+case(
+    "broadcast_tensors",
+    "ffn:8",
+    SEQUENCE,
+    lambda n, x: n.linear(torch.stack(torch.broadcast_tensors(n.linear(x, 8), n.parameter(8), n.linear(x, 1)), -1).sum(-1), 3),
+)
+case(
+    "atleast_1d atleast_2d atleast_3d",
+    "ffn:8",
+    ROWS,
+    lambda n, x: n.linear(torch.atleast_1d(torch.atleast_2d(n.parameter(8)) + torch.atleast_3d(n.linear(x, 8))[..., 0]), 3),
+)
+case("atleast_2d/several", "ffn:8", VECTOR, lambda n, x: n.linear(sum(torch.atleast_2d(n.linear(x, 8), n.parameter(8))), 3), dynamic=STATIC)
 case(
     "new_zeros new_ones new_full scalar_tensor",
     "ffn:8",
@@ -373,12 +428,14 @@ case(
 )
 case("eye", "other:8 other:8", ROWS, lambda n, x: n.linear(n.linear(x, 8) @ torch.eye(8, dtype=x.dtype), 3))
 case(
-    "linspace logspace hann_window",
+    "linspace logspace hann_window hamming_window bartlett_window blackman_window kaiser_window",
     "ffn:8",
     ROWS,
     lambda n, x: n.linear(
         n.linear(x, 8) * torch.linspace(0, 1, 8, dtype=x.dtype)
-        + torch.logspace(0, 1, 8, dtype=x.dtype) * torch.hann_window(8, dtype=x.dtype),
+        + torch.logspace(0, 1, 8, dtype=x.dtype) * torch.hann_window(8, dtype=x.dtype)
+        + torch.hamming_window(8, dtype=x.dtype) * torch.bartlett_window(8, dtype=x.dtype)
+        + torch.blackman_window(8, dtype=x.dtype) * torch.kaiser_window(8, dtype=x.dtype),
         3,
     ),
 )
@@ -451,8 +508,49 @@ case(
 )
 case("index/by a mask", "ffn:8", ROWS, lambda n, x: n.linear(n.linear(x, 8), 3)[:, torch.tensor([True, False, True])])
 case("index/rows by a mask", "", ROWS, lambda n, x: F.linear(x, n.parameter(8, 4)[torch.arange(8) % 2 == 0]))
+case(
+    "index/places by a mask beside features",
+    "ffn:8",
+    SEQUENCE,
+    lambda n, x: n.linear((lambda h: h[x[..., 0] > 0].sum(0) * h)(n.linear(x, 8)), 3),
+)
+case(
+    "index/features beside a mask",
+    "ffn:8",
+    SEQUENCE,
+    lambda n, x: n.linear(n.linear(x, 8)[:, x[0, :, 0] > 0].sum(1), 3),
+)
+case("index/a mask and positions", "", SEQUENCE, lambda n, x: n.linear(x, 8)[x[:, 0, 0] > 0, :, torch.tensor([3])].sum())
+case("index/features by a mask", "", SEQUENCE, lambda n, x: n.linear(x, 8)[:, :, x[0, 0].repeat(2)[:8] > 0].sum(-1))
+case(
+    "index_put/rows by a mask",
+    "ffn:8",
+    SEQUENCE,
+    lambda n, x: n.linear((lambda h, m: h.index_put([m], n.linear(h[m], 8)))(n.linear(x, 8), x[..., 0] > 0), 3),
+)
+case(
+    "index_put/one row by a mask",
+    "ffn:8",
+    SEQUENCE,
+    lambda n, x: n.linear(n.linear(x, 8).index_put([x[..., 0] > 0], n.parameter(8)), 3),
+)
+case(
+    "index_put/behind a mask",
+    "ffn:8",
+    SEQUENCE,
+    lambda n, x: n.linear(aten.index_put(n.linear(x, 8), [None, x[0, :, 0] > 0], n.parameter(1, 1, 8)), 3),
+)
+case("index_put/features by a mask", "", ROWS, lambda n, x: n.linear((lambda h: h.index_put([h > 0], n.parameter(1)))(n.linear(x, 8)), 3))
 case("_unsafe_index", "ffn:8", SEQUENCE, lambda n, x: n.linear(aten._unsafe_index(n.linear(x, 8), [None, torch.tensor([0, 4, 4])]), 3))
 case("index_select", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).index_select(1, torch.tensor([0, 4])), 3))
+case("take_along_dim", "ffn:8", SEQUENCE, lambda n, x: n.linear(torch.take_along_dim(n.linear(x, 8), n.linear(x, 8).argsort(1), 1), 3))
+case(
+    "take_along_dim/one order for all",
+    "ffn:8",
+    SEQUENCE,
+    lambda n, x: n.linear(torch.take_along_dim(n.linear(x, 8), n.linear(x, 1).argsort(1), 1), 3),
+)
+case("take", "ffn:3", ROWS, lambda n, x: n.linear(n.linear(x, 8).take(torch.tensor([[0, 3, 5]])), 3))
 case("gather", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.linear(x, 8).gather(1, n.linear(x, 8).argsort(1)), 3))
 case(
     "gather/features",

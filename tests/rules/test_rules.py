@@ -24,6 +24,7 @@ ELSEWHERE = {
     "aten::_index_put_impl_": "the trace gives index_put",
     "aten::_native_multi_head_attention": "it is an inference kernel that a trace does not choose",
     "aten::_transformer_encoder_layer_fwd": "it is an inference kernel that a trace does not choose",
+    "aten::chain_matmul": "it warns of its own end; linalg_multi_dot has the same rule",
     "aten::cudnn_batch_norm": "it wants a GPU",
     "aten::lift_fresh": "the trace gives lift_fresh_copy",
     "aten::pin_memory": "it wants a GPU",

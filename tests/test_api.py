@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,11 @@ def test_a_whole_run_traces_the_model_once(module: nn.Module, tmp_path: Path, mo
     pipeline = "discover,score{criterion=magnitude},prune{ratio=0.3},export"
     irprune.run(module, pipeline, example_inputs=small_model.example_inputs(), out=tmp_path / "out")
     assert traces == [module]
+
+
+def test_a_run_from_python_shows_no_warning_of_a_library(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    warnings.simplefilter("always")
+    torch.manual_seed(0)
+    example = small_model.example_inputs()
+    irprune.run(small_model.Small(), "score,prune{ratio=0.3},export", out=tmp_path / "out", example_inputs=example)
+    assert [str(one.message) for one in recwarn.list] == []

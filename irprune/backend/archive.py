@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import os
@@ -34,7 +33,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from irprune.errors import DataError, ParityError
-from irprune.ir.program import Program
+from irprune.ir.program import Program, copied
 from irprune.pipeline.files import atomic
 
 
@@ -47,7 +46,7 @@ def to_exported(program: Program) -> ExportedProgram:
     Containers that only a model's library knows (an output dataclass) become plain dictionaries by
     field name, so that the archive loads where that library is not installed.
     """
-    graph = copy.deepcopy(program.module.graph)
+    graph = copied(program.module.graph)
     codegen = graph._codegen
     assert isinstance(codegen, _PyTreeCodeGen)
     assert codegen.pytree_info.out_spec is not None

@@ -6,7 +6,6 @@ flat named tensors. :class:`Signature` maps one to the other, :func:`export` wri
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import logging
@@ -30,7 +29,7 @@ from irprune.backend.archive import to_exported
 from irprune.backend.onnx_ops import as_it_is, divided, quick_rules, renamed, translations
 from irprune.errors import ExportError, IrpruneError
 from irprune.ir.facts import Note
-from irprune.ir.program import Program, location
+from irprune.ir.program import Program, copied, location
 from irprune.pipeline.files import atomic
 
 if TYPE_CHECKING:
@@ -278,7 +277,7 @@ def flattened(program: Program, signature: Signature) -> Program:
     Constants among the inputs and outputs are dropped (the trace has folded them in), sizes among
     the outputs become tensors without axes. Its interface names what the ONNX file will have.
     """
-    graph = copy.deepcopy(program.module.graph)
+    graph = copied(program.module.graph)
     for node, argument in zip(graph.find_nodes(op="placeholder"), signature.arguments, strict=True):
         if argument.fixed:
             graph.erase_node(node)

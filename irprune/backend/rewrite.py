@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import operator
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from irprune.ir.dims import Mask, Size, Term, Var, as_size, kept_size, mask_of, resolve, term_size, variables
-from irprune.ir.program import Axes, Program, Runner, Types, graph_module
+from irprune.ir.program import Axes, Program, Runner, Types, copied, graph_module
 from irprune.ir.sliced import Sliced
 from irprune.rules.infer import UNIFORM, inferred
 from irprune.rules.registry import bind, op_name, registry
@@ -246,7 +245,7 @@ def remove(program: Program, keep: Mapping[Var, Mask]) -> Program:
     shrink = Shrink(types, keep)
     if not shrink.keep:
         return program
-    graph = copy.deepcopy(program.module.graph)
+    graph = copied(program.module.graph)
     old_nodes = program.by_name
     touched: list[fx.Node] = []
     for node in graph.nodes:

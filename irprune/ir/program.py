@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import networkx as nx
 import torch
@@ -134,6 +133,15 @@ def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:
     return _LazyGraphModule(root, graph)
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A graph with nodes of its own. How it is called is shared: ``copy.deepcopy`` copies that, too, and warns of torch's own classes."""
+    out = fx.Graph()
+    result, output = cast(tuple[Any, fx.Node], out.graph_copy(graph, {}, return_output_node=True))
+    out.output(result).meta = dict(output.meta)
+    out.set_codegen(graph._codegen)
+    return out
+
+
 class Source(Protocol):
     """Where the data lies of tensors that a program has on the meta device only."""
 
@@ -238,7 +246,7 @@ class Program:
 
     def clone(self) -> Program:
         """A program with a graph of its own that shares all tensors; its types are dropped."""
-        return self.with_graph(copy.deepcopy(self.module.graph))
+        return self.with_graph(copied(self.module.graph))
 
     def with_graph(self, graph: fx.Graph) -> Program:
         """This program's tensors under another graph (its module's containers are new)."""

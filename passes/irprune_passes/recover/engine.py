@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from irprune.analysis.cost import hints
 from irprune.ir.dims import as_size
-from irprune.ir.program import Program, module_path
+from irprune.ir.program import Program, copied, module_path
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Engine:
     def __init__(
         self, program: Program, capture: Sequence[str] = (), *, segments: int = 1, device: torch.device | None = None, dropout: bool = False
     ) -> None:
-        self._graph = copy.deepcopy(program.module.graph)
+        self._graph = copied(program.module.graph)
         nodes = {node.name: node for node in self._graph.nodes}
         if device is not None:
             relocate(self._graph, device)

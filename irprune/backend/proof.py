@@ -186,6 +186,68 @@ class Masked(Run):
             self.env = {**env, **{k: v for k, v in self.env.items() if k not in env}}
 
 
+# What chooses positions along one axis by their contents, and gives their numbers as its last or only result.
+CHOICES = frozenset(f"aten::{name}" for name in ("topk", "sort", "argsort", "argmax", "argmin", "max", "min"))
+
+
+class Recorded(Masked):
+    """The masked original, and the positions that it chose."""
+
+    def __init__(self, program: Program, keep: Mapping[Var, Mask], wide: bool = False) -> None:
+        super().__init__(program, keep, wide)
+        self.chosen: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        out = super().run_node(n)
+        if op_name(n.target) in CHOICES:
+            axes = self.program.typing.axes[n.name]
+            which = len(axes) - 1 if isinstance(axes, list) else 0
+            numbers, own = (out[which], axes[which]) if isinstance(axes, list) else (out, axes)
+            if own is not None and not numbers.is_floating_point() and numbers.dtype is not torch.bool:
+                numbers = self._shrink.slice(numbers, own)
+                term = self.program.typing.points.get((n.name, which))
+                self.chosen[n.name] = numbers if term is None else self._shrink.renumbered(numbers, term)
+        return out
+
+
+class Settled(Run):
+    """A program that chooses among equals as another run did.
+
+    Which of several equal numbers is the largest is for rounding to say, and two programs round
+    differently. Another run's choice is taken where the numbers that it chooses are, to the tolerance,
+    those that the program's own choice has.
+
+    Args:
+        program: The program.
+        chosen: Positions that the other run chose, by operation, as this program counts them.
+        tolerance: Relative to the largest number that is chosen from.
+    """
+
+    def __init__(self, program: Program, chosen: Mapping[str, torch.Tensor], tolerance: float, wide: bool = False) -> None:
+        super().__init__(program, wide)
+        self._chosen = chosen
+        self._tolerance = tolerance
+        self.ties = 0
+
+    def run_node(self, n: fx.Node) -> Any:
+        out = super().run_node(n)
+        other = self._chosen.get(n.name)
+        own = out[-1] if isinstance(out, tuple) else out
+        if other is None or other.shape != own.shape or torch.equal(other, own):
+            return out
+        bound = bind(n.target, n.args, dict(n.kwargs))
+        x, dim = self.env[n.all_input_nodes[0]], bound.get("dim")
+        if not isinstance(dim, int) or not x.is_floating_point() or not bool(((other >= 0) & (other < x.shape[dim])).all()):
+            return out
+        dropped = own.ndim < x.ndim
+        theirs, ours = (x.gather(dim, i.unsqueeze(dim) if dropped else i) for i in (other, own))
+        finite = x[x.isfinite()]
+        if difference(theirs, ours).max_abs > self._tolerance * float(finite.abs().max() if finite.numel() else 0):
+            return out
+        self.ties += int((other != own).sum())
+        return (theirs.squeeze(dim) if dropped else theirs, other) if isinstance(out, tuple) else other
+
+
 def wanted(function: Callable[..., Any], bound: dict[str, Any]) -> dict[str, Any]:
     """The arguments that a rule's function names (all, if it takes any)."""
     parameters = inspect.signature(function).parameters
@@ -232,7 +294,8 @@ def prove(before: Program, after: Program, keep: Mapping[Var, Mask], *, seed: in
 
     Returns:
         ``{"shapes": True, "numbers": {"max_abs_err", "tolerance", "scale"}, "interface": True}``. On
-        the meta device there are no numbers to compare and ``numbers`` says so.
+        the meta device there are no numbers to compare and ``numbers`` says so. ``numbers["ties"]`` is
+        there where both programs chose differently among equals (a top-k, an argmax), and how often.
 
     Raises:
         ProofError: Naming the operation, the variable and both values.
@@ -390,6 +453,9 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
         torch.manual_seed(seed)
         result = _flat_tensors(Run(after, wide).run(*renumbered, enable_io_processing=False))
     reference = _unlocked_parts(before, keep, reference)
+    ties = 0
+    if any(difference(a, b).relative > tolerance_of(before, a.dtype, wide) for a, b in zip(result, reference, strict=True)):
+        result, ties = _settled(before, after, keep, flat, renumbered, seed, wide) or (result, 0)
     worst, scale, allowed = 0.0, 1.0, TOLERANCE[torch.float32]
     for number, (value, expected) in enumerate(zip(result, reference, strict=True)):
         if expected.is_floating_point() and expected.numel() and bool(expected.isnan().all()):
@@ -417,7 +483,23 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
                 where="validation",
                 hint="the program is left as it was; an op rule is wrong: report this with the model",
             )
-    return {"max_abs_err": worst, "scale": scale, "tolerance": allowed * max(scale, 1e-6)}
+    return {"max_abs_err": worst, "scale": scale, "tolerance": allowed * max(scale, 1e-6)} | ({"ties": ties} if ties else {})
+
+
+def _settled(
+    before: Program, after: Program, keep: Mapping[Var, Mask], flat: list[Any], renumbered: list[Any], seed: int, wide: bool
+) -> tuple[list[torch.Tensor], int] | None:
+    """The new program's results where it chooses among equals as the reference does, and how many choices that changed."""
+    if not any(op_name(node.target) in CHOICES for node in before.nodes):
+        return None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        reference = Recorded(before, keep, wide)
+        reference.run(*flat, enable_io_processing=False)
+        torch.manual_seed(seed)
+        settled = Settled(after, reference.chosen, tolerance_of(before, torch.float32, wide), wide)
+        result = _flat_tensors(settled.run(*renumbered, enable_io_processing=False))
+    return (result, settled.ties) if settled.ties else None
 
 
 AGREED = "no single operation stands out"

@@ -87,6 +87,8 @@ def run_lines(of: Manifest) -> Iterator[str]:
         found = "no weights to compare"
         if numbers is not None and numbers.max_abs_err is not None:
             found = f"numbers within {numbers.max_abs_err:.2g} (allowed {numbers.tolerance:.2g})"
+            ties = (numbers.model_extra or {}).get("ties")
+            found += f", {ties} choices among equals taken over" if ties else ""
         yield f"proven: shapes, interface, {found}"
     elif of.prune is not None:
         yield "not proven: the proof was switched off"

@@ -101,13 +101,15 @@ class Double(Run):
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         value = super().tensor(name, start, stop)
-        return value.double() if value.is_floating_point() else value
+        return value.to(torch.complex128) if value.is_complex() else value.double() if value.is_floating_point() else value
 
     def arguments(self, args: Any, kwargs: Any) -> Any:
         args, kwargs = super().arguments(args, kwargs)
 
         def double(value: Any) -> Any:
-            return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+            if not isinstance(value, torch.dtype):
+                return value
+            return torch.complex128 if value.is_complex else torch.float64 if value.is_floating_point else value
 
         return pytree.tree_map(double, (args, kwargs))
 

@@ -22,6 +22,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import is_fake
 from torch.fx.graph import _PyTreeCodeGen
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from irprune.errors import DataError, TargetError, TraceError
@@ -74,7 +75,7 @@ def trace(
     leaves = pytree.tree_leaves((args, kwargs))
     names = axes.leaf_names(inspect.signature(module.forward), args, kwargs)
     wanted, explicit = axes.wanted(names, leaves, dynamic or {})
-    with _evaluation(module):
+    with _evaluation(module), _written_out():
         expected = _run(module, args, kwargs, abstract)
         _register_dataclasses(expected)
         with axes.marked(leaves, wanted), axes.tied(module, wanted), axes.watched() as specialised, _quiet():
@@ -192,6 +193,27 @@ def _evaluation(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+@contextlib.contextmanager
+def _written_out() -> Iterator[None]:
+    """torch's transformer layers run operation by operation, and do not read a mask's numbers.
+
+    Their fast path is one opaque operation, which also puts zeros where a padding mask masks. They compare
+    a mask with the causal one, on which a trace cannot branch; found causal, it is only applied faster.
+    """
+    fast, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
+
+    def hinted(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    torch.backends.mha.set_fastpath_enabled(False)
+    transformer._detect_is_causal_mask = hinted
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        transformer._detect_is_causal_mask = detect
 
 
 class _StderrWithoutGraphs:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
+
+import torch
 
 from irprune.ir.dims import UNIT, Term
 from irprune.ir.program import Axes
 from irprune.rules.infer import Op, Value
-from irprune.rules.registry import rule
+from irprune.rules.registry import renormalise, rule
+
+if TYPE_CHECKING:
+    from irprune.backend.proof import Keep
 
 
 @rule("linear")
@@ -112,9 +118,9 @@ def multi_dot(op: Op) -> Axes:
     return (*operands[0].axes[:-1], *operands[-1].axes[1:])
 
 
-@rule("linalg_vecdot", "cosine_similarity")
+@rule("linalg_vecdot")
 def along(op: Op, dim: int = -1) -> Axes:
-    """A sum of products along one axis; the cosine divides it by two norms, which are sums of squares along it."""
+    """A sum of products along one axis."""
     a, b = op.operands()
     both = op.broadcast(a.axes, b.axes)
     at = dim % len(both)
@@ -198,13 +204,49 @@ def bilinear(op: Op, input1: Value, input2: Value, weight: Value, bias: Value | 
     return (*lead, weight.axes[0])
 
 
-@rule("cdist", "pairwise_distance", "cross", "linalg_cross")
-def between(op: Op) -> Axes:
-    """Distances and the like: both operands' axes stay whole."""
+@rule("cdist")
+def distances(op: Op) -> Axes:
+    """Distances of all rows of x1 ``(*, P, M)`` to all of x2 ``(*, R, M)``: ``(*, P, R)``. Equal numbers, as two zeros, add nothing."""
+    a, b = op.operands()
+    op.unify(a.axes[-1], b.axes[-1])
+    op.contract(a, -1)
+    op.contract(b, -1)
+    return (*op.broadcast(a.axes[:-2], b.axes[:-2]), a.axes[-2], b.axes[-2])
+
+
+@rule("cosine_similarity", "pairwise_distance")
+def compared(op: Op) -> Axes:
+    """Two tensors compared along one axis (of a distance the last), position by position elsewhere.
+
+    A zero in both leaves a similarity as it is. It does not leave a distance, which adds its ``eps`` to each difference.
+    """
+    a, b = op.operands()
+    axes = op.broadcast(a.axes, b.axes)
+    at = (op.argument("dim") if op.name == "cosine_similarity" else -1) % len(axes) - len(axes)
+    sizes = [value.shape[at] if -at <= value.ndim else 1 for value in (a, b)]
+    for value in (a, b):
+        if sizes[0] != sizes[1]:
+            op.freeze(axes[at], "mixed", "it is compared with a single position")
+        elif op.name == "cosine_similarity":
+            op.contract(value, at)
+        else:
+            op.mix(value, "distance", at)
+    kept = op.name == "pairwise_distance" and op.argument("keepdim")
+    return (*axes[:at], *((UNIT,) if kept else ()), *(axes[at + 1 :] if at < -1 else ()))
+
+
+@renormalise("pairwise_distance")
+def masked_distance(keep: Keep, x1: torch.Tensor, x2: torch.Tensor, p: float = 2, eps: float = 1e-6, keepdim: bool = False) -> torch.Tensor:
+    return torch.linalg.vector_norm(torch.where(keep.mask("x1", -1), x1 - x2 + eps, 0), p, -1, keepdim)
+
+
+@rule("cross", "linalg_cross")
+def cross(op: Op) -> Axes:
+    """Positions along one axis are told apart; all of both operands' stay whole."""
     for value in op.operands():
         for term in value.axes:
-            op.freeze(term, "mixed", "a distance is computed over it")
-    return tuple(op.solid(size, "mixed", "a distance is computed over it") for size in op.shape)
+            op.freeze(term, "position", "its positions are the components of vectors")
+    return tuple(op.solid(size, "position", "its positions are the components of vectors") for size in op.shape)
 
 
 @rule("_grouped_mm", "transformers::grouped_mm_fallback")

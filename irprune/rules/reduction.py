@@ -39,11 +39,11 @@ def total(op: Op, self: Value) -> Axes:
 
 @rule("linalg_vector_norm", "norm", "linalg_norm", "frobenius_norm")
 def vector_norm(op: Op, self: Value) -> Axes:
-    """A norm of positive finite order is a sum over positions: a zero removes one exactly."""
+    """A norm of positive order is a sum over positions, or for an infinite one the largest size: a zero removes one exactly."""
     bound = bind(op.node.target, op.node.args, dict(op.node.kwargs))
     order = bound.get("ord", bound.get("p", 2))
     dims = reduced_dims(op, self)
-    if order is None or (isinstance(order, int | float) and 0 < order < float("inf")):
+    if order is None or (isinstance(order, int | float) and order > 0):
         op.contract(self, *dims)
     else:
         for dim in dims:
@@ -62,25 +62,37 @@ def mixed(op: Op, self: Value, other: Value | None = None) -> Any:
     if isinstance(other, Value):
         return op.broadcast(self.axes, other.axes)
     dims = reduced_dims(op, self)
-    name = op.name
-    if len(op.results) > 1:
-        for dim in dims:
-            op.freeze(self.axes[dim], "data-dependent", "the place of its extreme is an output")
-    else:
-        op.mix(self, MIXED[name], *dims)
+    op.mix(self, MIXED[op.name], *dims)
     axes = drop(op, self, dims)
-    return [axes] * len(op.results) if len(op.results) > 1 else axes
+    if len(op.results) == 1:
+        return axes
+    if dims:
+        op.points(1, self.axes[dims[0]])
+    return [axes] * len(op.results)
+
+
+@rule("argmax", "argmin")
+def place_of_extreme(op: Op, self: Value, dim: int | None = None) -> Axes:
+    """A position along one axis; of all numbers of a tensor laid end to end it says nothing about any axis."""
+    dims = reduced_dims(op, self)
+    if dim is None or not self.ndim:
+        for term in self.axes:
+            op.freeze(term, "data-dependent", "its positions are compared")
+    else:
+        op.mix(self, "max", *dims)
+        op.points(0, self.axes[dim])
+    return drop(op, self, dims)
 
 
 @rule("var_mean", "std_mean", "aminmax")
 def several(op: Op, self: Value) -> list[Axes]:
+    """Two statistics of the same numbers."""
     dims = reduced_dims(op, self)
-    for dim in dims:
-        op.freeze(self.axes[dim], "mixed", "several statistics are computed over it at once")
+    op.mix(self, op.name, *dims)
     return [drop(op, self, dims)] * len(op.results)
 
 
-@rule("argmax", "argmin", "median", "nanmedian", "mode", "kthvalue", "cummax", "cummin", "logcumsumexp", "cumprod", "quantile")
+@rule("median", "nanmedian", "mode", "kthvalue", "cummax", "cummin", "logcumsumexp", "cumprod", "quantile")
 def frozen_axis(op: Op, self: Value) -> Any:
     """Positions or an order along the axis are the result: it stays whole."""
     dims = reduced_dims(op, self)
@@ -127,26 +139,48 @@ def masked_mean(keep: Keep, self: torch.Tensor, dim: Any = None, keepdim: bool =
     return (torch.where(mask, self, 0).sum(dims, keepdim=keepdim) / count).to(keep.dtype)
 
 
-@renormalise("var", "std")
+@renormalise("var", "std", "var_mean", "std_mean")
 def masked_var(
     keep: Keep, self: torch.Tensor, dim: Any = None, keepdim: bool = False, correction: Any = 1, unbiased: bool | None = None, **_: Any
-) -> torch.Tensor:
+) -> Any:
     dims = _dims(self, dim)
     mask = keep.mask("self", *dims)
     count = mask.expand(self.shape).sum(dims, keepdim=True)
     mean = torch.where(mask, self, 0).sum(dims, keepdim=True) / count
     less = (1 if correction is None else correction) if unbiased is None else int(unbiased)
     out = torch.where(mask, (self - mean) ** 2, 0).sum(dims, keepdim=True) / (count - less).clamp(min=0)
-    out = out.sqrt() if keep.name == "std" else out
-    return (out if keepdim else out.squeeze(dims)).to(keep.dtype)
+    out = out.sqrt() if keep.name.startswith("std") else out
+    if not keepdim:
+        out, mean = out.squeeze(dims), mean.squeeze(dims)
+    return (out.to(self.dtype), mean.to(self.dtype)) if keep.name.endswith("mean") else out.to(keep.dtype)
 
 
-@renormalise("amax", "max", "logsumexp", "special_logsumexp", "amin", "min", "prod", "any", "all")
-def masked_extreme(keep: Keep, self: torch.Tensor, dim: Any = None, **_: Any) -> torch.Tensor:
+EXTREMES = {"amax": "least", "max": "least", "argmax": "least", "amin": "greatest", "min": "greatest", "argmin": "greatest"}
+
+
+@renormalise("amax", "max", "logsumexp", "special_logsumexp", "amin", "min", "prod", "any", "all", "argmax", "argmin")
+def masked_extreme(keep: Keep, self: torch.Tensor, dim: Any = None, **_: Any) -> Any:
     """What is gone gets the value that changes nothing: the least, the greatest, 1, or its truth."""
     mask = keep.mask("self", *_dims(self, dim))
-    neutral: Any = {"amin": torch.inf, "min": torch.inf, "prod": 1, "any": False, "all": True}.get(keep.name, -torch.inf)
-    if not self.dtype.is_floating_point and self.dtype is not torch.bool and keep.name in ("amax", "max", "amin", "min"):
-        info = torch.iinfo(self.dtype)
-        neutral = info.min if keep.name in ("amax", "max") else info.max
+    neutral: Any = {"prod": 1, "any": False, "all": True}.get(keep.name, -torch.inf)
+    if keep.name in EXTREMES:
+        neutral = _bound(self.dtype, EXTREMES[keep.name])
     return keep.call(self=self.masked_fill(~mask, neutral))
+
+
+@renormalise("aminmax")
+def masked_extremes(keep: Keep, self: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    dims = _dims(self, dim)
+    gone = ~keep.mask("self", *dims)
+    least, greatest = (self.masked_fill(gone, _bound(self.dtype, which)) for which in ("greatest", "least"))
+    return least.amin(dims, keepdim), greatest.amax(dims, keepdim)
+
+
+def _bound(dtype: torch.dtype, which: str) -> Any:
+    """The least or the greatest value of a dtype."""
+    least = which == "least"
+    if dtype.is_floating_point:
+        return -torch.inf if least else torch.inf
+    if dtype is torch.bool:
+        return not least
+    return torch.iinfo(dtype).min if least else torch.iinfo(dtype).max

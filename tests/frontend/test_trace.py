@@ -361,3 +361,27 @@ def test_asked_axis_that_the_model_makes_constant_is_an_error_with_the_line() ->
         f"[trace] at {line_of(Constant)}: axis 0 ('rows') of input 'x' is not dynamic: the model works for size 3 only\n"
         "  to go on: take sizes from the input's shape there, or leave the axis out of dynamic_axes()"
     )
+
+
+class CausalEncoder(nn.Module):
+    """A causal mask and a padding mask, as users write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        mask = torch.triu(torch.full((x.shape[1], x.shape[1]), float("-inf")), 1)
+        return self.encoder(x, mask=mask, src_key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_transformer_layers_with_masks_are_traced_operation_by_operation(frozen: bool) -> None:
+    """Without gradients torch would take its fast path, one opaque operation, and put zeros in padded places."""
+    model = CausalEncoder().eval().requires_grad_(not frozen)
+    x, padding = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False, False, True, True]])
+    program = trace(model, (x, padding))
+    assert targets(program).count("aten.scaled_dot_product_attention.default") == 1
+    with torch.enable_grad():
+        torch.testing.assert_close(program(x, padding), model(x.requires_grad_(), padding), rtol=1e-5, atol=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()

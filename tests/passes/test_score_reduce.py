@@ -144,3 +144,13 @@ def test_folds_widen_half_precision() -> None:
     one = Structure("g", 3, big.numel(), member, torch.arange(3), torch.ones(3, dtype=torch.int64))
     (sums,) = fold([one], torch.square, big)
     assert sums.tolist() == [70_000] * 3, "more than a 16-bit float holds"
+
+
+def test_a_complex_number_counts_as_two_real_ones() -> None:
+    weight, gradient = torch.tensor([[3 + 4j, 1], [0, 2j]]), torch.tensor([[1 + 1j, 5j], [7, 1 - 1j]])
+    member = Member("w", 0, "write", (np.arange(2),))
+    one = Structure("g", 2, 4, member, torch.arange(2), torch.ones(2, dtype=torch.int64))
+    (squares,) = fold([one], torch.square, weight)
+    (slopes,) = fold([one], torch.mul, weight, gradient)
+    assert squares.tolist() == [9 + 16 + 1, 4]
+    assert slopes.tolist() == [3 + 4, -2], "a step of size h along a weight of a + bi changes the loss by h (a da + b db)"

@@ -363,12 +363,18 @@ case(
     ROWS,
     lambda n, x: n.linear(n.layer(lambda: torch.nn.Bilinear(5, 6, 8))(n.linear(x, 5), n.linear(x, 6)), 3),
 )
-case("cdist", "", SEQUENCE, lambda n, x: torch.cdist(n.linear(x, 8), n.parameter(3, 8)))
-case("cosine_similarity", "ffn:8", ROWS, lambda n, x: F.cosine_similarity(n.linear(x, 8), n.parameter(8), dim=-1), zeroing=False)
+case("cdist", "ffn:8", SEQUENCE, lambda n, x: torch.cdist(n.linear(x, 8), n.parameter(3, 8)))
+case("cdist/largest", "ffn:8", SEQUENCE, lambda n, x: torch.cdist(n.linear(x, 8), n.parameter(3, 8), p=math.inf))
+case("cosine_similarity", "ffn:8", ROWS, lambda n, x: F.cosine_similarity(n.linear(x, 8), n.parameter(8), dim=-1))
 case(
-    "cosine_similarity/of another axis", "ffn:8", SEQUENCE, lambda n, x: n.linear(F.cosine_similarity(n.linear(x, 8), n.linear(x, 8), 1), 3)
+    "cosine_similarity/of another axis",
+    "ffn:8",
+    SEQUENCE,
+    lambda n, x: n.linear((lambda h: h * F.cosine_similarity(h, F.relu(h), dim=1)[:, None])(n.linear(x, 8)), 3),
 )
-case("pairwise_distance", "", ROWS, lambda n, x: F.pairwise_distance(n.linear(x, 8), n.parameter(8)))
+case("cosine_similarity/with one number", "", ROWS, lambda n, x: F.cosine_similarity(n.linear(x, 8), n.parameter(1), dim=-1))
+case("pairwise_distance", "other:8~", ROWS, lambda n, x: F.pairwise_distance(n.linear(x, 8), n.parameter(8), eps=0.5))
+case("pairwise_distance/kept", "other:8~", ROWS, lambda n, x: F.pairwise_distance(n.linear(x, 8), n.linear(x, 8), 1, 0.5, True))
 case("cross", "", ROWS, lambda n, x: aten.cross(n.linear(x, 3), n.linear(x, 3), -1))
 
 # -- convolutions and what works in space ----------------------------------------------------------
@@ -728,6 +734,7 @@ SUMS: dict[str, Callable[[Tensor], Tensor]] = {
     "count_nonzero": lambda h: (h > 0.5).count_nonzero(-1)[:, None],
     "norm": lambda h: aten.norm(h, 2, [-1], True),
     "linalg_vector_norm": lambda h: torch.linalg.vector_norm(h, 1, dim=-1, keepdim=True),
+    "linalg_vector_norm/infinite": lambda h: torch.linalg.vector_norm(h, math.inf, dim=-1, keepdim=True),
     "linalg_norm": lambda h: torch.linalg.norm(h, dim=-1, keepdim=True),
     "sum/everything": lambda h: h.sum(),
     "sum/first dropped": lambda h: h.sum(1)[:, None],
@@ -747,6 +754,14 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "amin": lambda h: h.amin(-1, keepdim=True),
     "max/everything": lambda h: h.max(),
     "min/everything": lambda h: h.min(),
+    "max/with places": lambda h: h.max(-1, keepdim=True).values,
+    "min/with places": lambda h: h.min(-1, keepdim=True).values,
+    "max/of truth": lambda h: (h > 0.8).max(-1, keepdim=True).values,
+    "min/of truth": lambda h: (h > 0.2).min(-1, keepdim=True).values,
+    "aminmax": lambda h: sum(torch.aminmax(h, dim=-1, keepdim=True)),
+    "aminmax/everything": lambda h: sum(torch.aminmax(h)),
+    "var_mean/biased": lambda h: sum(torch.var_mean(h, -1, unbiased=False, keepdim=True)),
+    "std_mean/everything": lambda h: sum(torch.std_mean(h, correction=0)),
     "all": lambda h: (h > 0.2).all(-1, keepdim=True),
     "any": lambda h: (h > 0.8).any(-1, keepdim=True),
     "mean/everything": lambda h: h.mean(),
@@ -755,16 +770,22 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
 for _name, _reduce in MIXED.items():
     case(_name if _name != "mean/of integers" else "amax/of integers", "other:8~ ffn:6", ROWS, gate(_reduce))
 case("var", "other:8~ ffn:6", ROWS, gate(lambda h: h.var(-1, keepdim=True)), least=2)
+case("var_mean", "other:8~ ffn:6", ROWS, gate(lambda h: sum(torch.var_mean(h, -1, keepdim=True))), least=2)
+case("std_mean", "other:8~ ffn:6", ROWS, gate(lambda h: sum(torch.std_mean(h, -1, keepdim=True))), least=2)
 case("std", "other:8~ ffn:6", ROWS, gate(lambda h: h.std(-1, keepdim=True)), least=2)
+CHOSEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "max gather/at places": lambda h: (h * h).gather(-1, h.max(-1, keepdim=True).indices),
+    "argmax gather/at places": lambda h: (h * h).gather(-1, h.argmax(-1, keepdim=True)),
+    "argmin one_hot/of places": lambda h: (F.one_hot(h.argmin(-1), 8) * h).sum(-1, keepdim=True),
+}
+for _name, _reduce in CHOSEN.items():
+    case(_name, "experts:8~ ffn:6", ROWS, gate(_reduce))
 WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
     "nanmean": lambda h: h.nanmean(-1, keepdim=True),
-    "max/with places": lambda h: h.max(-1, keepdim=True).values,
-    "min/with places": lambda h: h.min(-1, keepdim=True).values,
-    "var_mean": lambda h: sum(torch.var_mean(h, -1, keepdim=True)),
-    "std_mean": lambda h: sum(torch.std_mean(h, -1, keepdim=True)),
-    "aminmax": lambda h: sum(torch.aminmax(h, dim=-1, keepdim=True)),
+    "max/places calculated with": lambda h: h.max(-1, keepdim=True).indices * 2,
     "argmax": lambda h: h.argmax(-1, keepdim=True),
     "argmin": lambda h: h.argmin(-1, keepdim=True),
+    "argmax/of everything": lambda h: h.argmax(),
     "median": lambda h: h.median(-1, keepdim=True).values,
     "nanmedian": lambda h: h.nanmedian(-1, keepdim=True).values,
     "mode": lambda h: h.mode(-1, keepdim=True).values,
@@ -774,7 +795,7 @@ WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
     "cummin": lambda h: h.cummin(-1).values.sum(-1, keepdim=True),
     "logcumsumexp": lambda h: h.logcumsumexp(-1).sum(-1, keepdim=True),
     "cumprod": lambda h: h.cumprod(-1).sum(-1, keepdim=True),
-    "linalg_vector_norm/infinite": lambda h: torch.linalg.vector_norm(h, math.inf, dim=-1, keepdim=True),
+    "linalg_vector_norm/smallest": lambda h: torch.linalg.vector_norm(h, -math.inf, dim=-1, keepdim=True),
     "frobenius_norm": lambda h: aten.frobenius_norm(h, [-1], True) * 0 + h.quantile(0.3, -1, keepdim=True),
 }
 for _name, _reduce in WHOLE.items():

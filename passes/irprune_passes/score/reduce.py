@@ -81,7 +81,8 @@ def fold(of: Sequence[Structure], quantity: Quantity, *tensors: torch.Tensor) ->
     """Sum an elementwise quantity over the slices of structures of one tensor.
 
     The quantity is taken block by block in at least single precision, so that what is needed at a
-    time is a fraction of the tensor, and summed in double precision.
+    time is a fraction of the tensor, and summed in double precision. A complex number counts as the
+    two real ones that it is made of, in the weight as in its gradient.
 
     Args:
         of: Structures of the same tensor.
@@ -91,6 +92,7 @@ def fold(of: Sequence[Structure], quantity: Quantity, *tensors: torch.Tensor) ->
     Returns:
         For each structure a double tensor with one sum per index.
     """
+    tensors = tuple(torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor for tensor in tensors)
     shape, count = tensors[0].shape, tensors[0].numel()
     along = 0 if count <= _BLOCK * shape[0] else max(range(len(shape)), key=shape.__getitem__)
     step = max(1, _BLOCK * shape[along] // max(1, count))

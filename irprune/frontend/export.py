@@ -109,7 +109,11 @@ def _exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     repeats = Repeats(module)
 
     def flat() -> fx.GraphModule:
-        traced = torch.export.export(module, args, kwargs, strict=False).module(check_guards=False)
+        exported = torch.export.export(module, args, kwargs, strict=False)
+        parts = [part for part in exported.graph_module.modules() if isinstance(part, fx.GraphModule)]
+        if any(_by_dispatch(node) for part in parts for node in part.graph.nodes):
+            exported = exported.run_decompositions({})
+        traced = exported.module(check_guards=False)
         _inline_regions(traced)
         return traced
 
@@ -252,6 +256,16 @@ def _quiet() -> Iterator[None]:
 # -- graph ----------------------------------------------------------------------------------------
 
 
+def _by_dispatch(node: fx.Node) -> bool:
+    """Whether a call changes what operations after it mean: ``torch.vmap``, enabled autocast.
+
+    A trace below that shows what they then do: operations on whole batches, casts.
+    """
+    if getattr(node.target, "__name__", "") == "wrap_with_autocast":
+        return node.args[2] is not False
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
+
+
 def _inline_regions(module: fx.GraphModule) -> None:
     """Put the body of gradient-mode regions and of disabled autocast in place of their call."""
     for node in list(module.graph.nodes):
@@ -388,7 +402,7 @@ def _placeholders_first(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _check_whole(traced: fx.GraphModule) -> None:
-    """A sub-graph that is left (a branch, a loop, enabled autocast) is beyond a flat program."""
+    """A sub-graph that is left (a branch, a loop) is beyond a flat program."""
     for node in traced.graph.nodes:
         if node.op != "get_attr":
             continue
@@ -401,7 +415,7 @@ def _check_whole(traced: fx.GraphModule) -> None:
         raise TraceError(
             f"operation '{getattr(user.target, '__name__', user.target)}' holds a sub-graph, which a program cannot",
             where=next(filter(None, places), None),
-            hint="do without torch.autocast (give the model the dtype instead), torch.cond and torch.while_loop",
+            hint="do without torch.cond and torch.while_loop",
         )
 
 

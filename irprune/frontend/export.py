@@ -87,6 +87,7 @@ def trace(
     _drop_noise(graph)
     _lay_out(graph)
     aliases = _untie(module, traced)
+    _drop_records(graph)
     output_names, positions = _select_outputs(graph, outputs)
     graph.eliminate_dead_code()
     _check_whole(traced)
@@ -360,6 +361,49 @@ def _untie(module: torch.nn.Module, traced: fx.GraphModule) -> dict[str, str]:
             place(traced, name, attribute(traced, str(node.target)))
             node.target = name
     return aliases
+
+
+def _drop_records(graph: fx.Graph) -> None:
+    """Take out what writes to a tensor of the model that no output depends on, as a counter of calls does."""
+    for holder in dict.fromkeys(_written_to(node) for node in graph.nodes if getattr(_schema_of(node), "is_mutable", False)):
+        if holder is None or holder.op != "get_attr":
+            continue
+        below: dict[fx.Node, None] = {}
+        pending = [holder]
+        while pending:
+            node = pending.pop()
+            if node not in below:
+                below[node] = None
+                pending.extend(node.users)
+        if graph.output_node() not in below and not any(_touches_more(node, below) for node in below):
+            for node in reversed([node for node in graph.nodes if node in below]):
+                graph.erase_node(node)
+
+
+def _written_to(node: fx.Node) -> fx.Node | None:
+    """The value that a call writes to, found through views of it."""
+    value = node.args[0] if node.args else None
+    while isinstance(value, fx.Node) and value.op == "call_function" and value.args:
+        schema = _schema_of(value)
+        if schema is None or not schema.arguments or schema.arguments[0].alias_info is None:
+            break
+        value = value.args[0]
+    return value if isinstance(value, fx.Node) else None
+
+
+def _schema_of(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None)
+
+
+def _touches_more(node: fx.Node, known: Mapping[fx.Node, None]) -> bool:
+    """Whether a call may write to, or gives a view of, a value that is not among the known ones."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    schema = _schema_of(node)
+    arguments = [] if schema is None else [item for item in schema.arguments if item.alias_info is not None]
+    if schema is None or len(arguments) > 1 or (arguments and arguments[0] is not schema.arguments[0]):
+        return any(value not in known for value in node.all_input_nodes)
+    return bool(arguments) and node.args[0] not in known
 
 
 def _select_outputs(

@@ -418,3 +418,30 @@ def test_mapped_functions_become_operations_on_batches() -> None:
     x = torch.randn(5, 4)
     assert torch.equal(program(x), model(x))
     assert targets(program)[1:] == ["aten.matmul.default", "aten.relu.default", "aten.mean.dim", "aten.linear.default"]
+
+
+def test_records_that_no_output_depends_on_are_left_out() -> None:
+    class Counts(Mlp):
+        """A counter, statistics of the hidden layer, and a running mean that is subtracted."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+            self.register_buffer("largest", torch.zeros(6))
+            self.register_buffer("shift", torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(x)
+            self.calls += 1
+            self.largest.copy_(h.detach().abs().amax(0))
+            h += self.shift
+            return self.down(h)
+
+    model = Counts()
+    program = trace(model, (torch.randn(3, 4),))
+    calls = model.calls.clone()
+    x = torch.randn(5, 4)
+    found = program(x)
+    assert torch.equal(model.calls, calls), "the program counts nothing"
+    assert torch.equal(found, model(x))
+    assert targets(program) == ["aten.linear.default", "aten.add_.Tensor", "aten.linear.default"]

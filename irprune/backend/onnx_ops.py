@@ -63,10 +63,26 @@ def diff(self: Any, n: int = 1, dim: int = -1, prepend: Any = None, append: Any 
     return whole
 
 
+def cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
+    """Distances of order ``p`` between all rows of x1 ``(*, P, M)`` and all of x2 ``(*, R, M)``: ``(*, P, R)``."""
+    from onnxscript.onnx_opset import opset18
+
+    op: Any = opset18
+    gaps = op.Abs(op.Sub(op.Unsqueeze(x1, [-2]), op.Unsqueeze(x2, [-3])))
+    if p == 0:
+        return op.ReduceSum(op.Sign(gaps), [-1], keepdims=0)
+    if p in (1, 2):
+        return (op.ReduceL1 if p == 1 else op.ReduceL2)(gaps, [-1], keepdims=0)
+    if p == float("inf"):
+        return op.ReduceMax(gaps, [-1], keepdims=0)
+    return op.Pow(op.ReduceSum(op.Pow(gaps, op.CastLike(p, gaps)), [-1], keepdims=0), op.CastLike(1 / p, gaps))
+
+
 TRANSLATIONS: dict[str, Callable[..., Any]] = {
     "transformers::grouped_mm_fallback": grouped_mm,
     "aten::_grouped_mm": grouped_mm,
     "aten::diff": diff,
+    "aten::cdist": cdist,
 }
 
 _OPERATORS = {

@@ -87,6 +87,7 @@ def trace(
     _drop_noise(graph)
     _lay_out(graph)
     aliases = _untie(module, traced)
+    _drop_records(graph)
     output_names, positions = _select_outputs(graph, outputs)
     graph.eliminate_dead_code()
     _check_whole(traced)
@@ -109,7 +110,11 @@ def _exported(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     repeats = Repeats(module)
 
     def flat() -> fx.GraphModule:
-        traced = torch.export.export(module, args, kwargs, strict=False).module(check_guards=False)
+        exported = torch.export.export(module, args, kwargs, strict=False)
+        parts = [part for part in exported.graph_module.modules() if isinstance(part, fx.GraphModule)]
+        if any(_by_dispatch(node) for part in parts for node in part.graph.nodes):
+            exported = exported.run_decompositions({})
+        traced = exported.module(check_guards=False)
         _inline_regions(traced)
         return traced
 
@@ -252,6 +257,16 @@ def _quiet() -> Iterator[None]:
 # -- graph ----------------------------------------------------------------------------------------
 
 
+def _by_dispatch(node: fx.Node) -> bool:
+    """Whether a call changes what operations after it mean: ``torch.vmap``, enabled autocast.
+
+    A trace below that shows what they then do: operations on whole batches, casts.
+    """
+    if getattr(node.target, "__name__", "") == "wrap_with_autocast":
+        return node.args[2] is not False
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
+
+
 def _inline_regions(module: fx.GraphModule) -> None:
     """Put the body of gradient-mode regions and of disabled autocast in place of their call."""
     for node in list(module.graph.nodes):
@@ -348,6 +363,49 @@ def _untie(module: torch.nn.Module, traced: fx.GraphModule) -> dict[str, str]:
     return aliases
 
 
+def _drop_records(graph: fx.Graph) -> None:
+    """Take out what writes to a tensor of the model that no output depends on, as a counter of calls does."""
+    for holder in dict.fromkeys(_written_to(node) for node in graph.nodes if getattr(_schema_of(node), "is_mutable", False)):
+        if holder is None or holder.op != "get_attr":
+            continue
+        below: dict[fx.Node, None] = {}
+        pending = [holder]
+        while pending:
+            node = pending.pop()
+            if node not in below:
+                below[node] = None
+                pending.extend(node.users)
+        if graph.output_node() not in below and not any(_touches_more(node, below) for node in below):
+            for node in reversed([node for node in graph.nodes if node in below]):
+                graph.erase_node(node)
+
+
+def _written_to(node: fx.Node) -> fx.Node | None:
+    """The value that a call writes to, found through views of it."""
+    value = node.args[0] if node.args else None
+    while isinstance(value, fx.Node) and value.op == "call_function" and value.args:
+        schema = _schema_of(value)
+        if schema is None or not schema.arguments or schema.arguments[0].alias_info is None:
+            break
+        value = value.args[0]
+    return value if isinstance(value, fx.Node) else None
+
+
+def _schema_of(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None)
+
+
+def _touches_more(node: fx.Node, known: Mapping[fx.Node, None]) -> bool:
+    """Whether a call may write to, or gives a view of, a value that is not among the known ones."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return False
+    schema = _schema_of(node)
+    arguments = [] if schema is None else [item for item in schema.arguments if item.alias_info is not None]
+    if schema is None or len(arguments) > 1 or (arguments and arguments[0] is not schema.arguments[0]):
+        return any(value not in known for value in node.all_input_nodes)
+    return bool(arguments) and node.args[0] not in known
+
+
 def _select_outputs(
     graph: fx.Graph, wanted: Sequence[str] | Callable[[tuple[str, ...]], Sequence[str]] | None
 ) -> tuple[tuple[str, ...], list[int]]:
@@ -388,7 +446,7 @@ def _placeholders_first(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _check_whole(traced: fx.GraphModule) -> None:
-    """A sub-graph that is left (a branch, a loop, enabled autocast) is beyond a flat program."""
+    """A sub-graph that is left (a branch, a loop) is beyond a flat program."""
     for node in traced.graph.nodes:
         if node.op != "get_attr":
             continue
@@ -401,7 +459,7 @@ def _check_whole(traced: fx.GraphModule) -> None:
         raise TraceError(
             f"operation '{getattr(user.target, '__name__', user.target)}' holds a sub-graph, which a program cannot",
             where=next(filter(None, places), None),
-            hint="do without torch.autocast (give the model the dtype instead), torch.cond and torch.while_loop",
+            hint="do without torch.cond and torch.while_loop",
         )
 
 

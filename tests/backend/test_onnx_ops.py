@@ -76,6 +76,22 @@ def test_casts_logic_and_differences_are_written_without_a_second_trace(tmp_path
             assert torch.equal(want, got)
 
 
+class Distances(nn.Module):
+    """Of every order that is written in a way of its own."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.cdist(x, y, p) for p in (0, 1, 2, 3.5, float("inf")))
+
+
+def test_distances(tmp_path: Path) -> None:
+    x, y = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)), torch.arange(15.0).reshape(5, 3)
+    program = trace(Distances(), (x, y), dynamic={"x": {0: "batch"}, "y": {}})
+    session = Session(export(program, tmp_path / "model.onnx").path, program)
+    for given in (x, torch.cat([x, x + 1, x[:1]])):
+        for want, got in zip(Distances()(given, y), session(given, y), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 class InPlace(nn.Module):
     """It writes into a slice of its own sum."""
 

@@ -371,7 +371,7 @@ class CausalEncoder(nn.Module):
         self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1)
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        mask = torch.triu(torch.full((x.shape[1], x.shape[1]), float("-inf")), 1)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
         return self.encoder(x, mask=mask, src_key_padding_mask=padding)
 
 
@@ -385,3 +385,63 @@ def test_transformer_layers_with_masks_are_traced_operation_by_operation(frozen:
     with torch.enable_grad():
         torch.testing.assert_close(program(x, padding), model(x.requires_grad_(), padding), rtol=1e-5, atol=1e-5)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_enabled_autocast_becomes_casts() -> None:
+    class Mixed(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                h = self.up(x)
+            return self.down(h.float())
+
+    model = Mixed()
+    program = trace(model, (torch.randn(3, 4),))
+    x = torch.randn(5, 4)
+    assert torch.equal(program(x), model(x))
+    assert [name for name in targets(program) if "copy" not in name] == ["aten.linear.default"] * 2
+    assert sum("copy" in name for name in targets(program)) == 4, "the input, the weight and the bias down, the result up"
+
+
+def test_mapped_functions_become_operations_on_batches() -> None:
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(3, 6, 4))
+            self.down = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.vmap(lambda weight: torch.relu(x @ weight.T))(self.weights)
+            return self.down(hidden.mean(0))
+
+    model = Ensemble()
+    program = trace(model, (torch.randn(3, 4),))
+    x = torch.randn(5, 4)
+    assert torch.equal(program(x), model(x))
+    assert targets(program)[1:] == ["aten.matmul.default", "aten.relu.default", "aten.mean.dim", "aten.linear.default"]
+
+
+def test_records_that_no_output_depends_on_are_left_out() -> None:
+    class Counts(Mlp):
+        """A counter, statistics of the hidden layer, and a running mean that is subtracted."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(1))
+            self.register_buffer("largest", torch.zeros(6))
+            self.register_buffer("shift", torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.up(x)
+            self.calls += 1
+            self.largest.copy_(h.detach().abs().amax(0))
+            h += self.shift
+            return self.down(h)
+
+    model = Counts()
+    program = trace(model, (torch.randn(3, 4),))
+    calls = model.calls.clone()
+    x = torch.randn(5, 4)
+    found = program(x)
+    assert torch.equal(model.calls, calls), "the program counts nothing"
+    assert torch.equal(found, model(x))
+    assert targets(program) == ["aten.linear.default", "aten.add_.Tensor", "aten.linear.default"]

@@ -52,12 +52,6 @@ class Returns(Base):
         return self.fc(x), object()
 
 
-class Autocast(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.fc(x)
-
-
 class Cond(Base):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x * 3, (x,))
@@ -75,7 +69,6 @@ class Cond(Base):
             "torch.export cannot trace Returns: RuntimeError: Found <class 'object'> in output",
             "give and return tensors",
         ),
-        (Autocast, "self.fc", "operation 'wrap_with_autocast' holds a sub-graph", "do without torch.autocast"),
         (Cond, "torch.cond", "operation 'cond' holds a sub-graph", "torch.cond"),
     ],
 )

@@ -182,9 +182,11 @@ class Resize:
             part = self._node.graph.call_function(operator.floordiv, (literal, whole))
             return self._node.graph.call_function(operator.mul, (part, kept))
 
-    def kept(self, key: str, literal: int) -> int:
-        """The size of a noted term after removal."""
+    def kept(self, key: str, literal: Any) -> Any:
+        """The size of a noted term after removal: a number, or a value of the program where the literal is one."""
         term = self._shrink.types.notes.get((self._old.name, key))
+        if isinstance(literal, fx.Node):
+            return self._resized(literal, term) if term is not None and self._shrink.touched(term) else literal
         size = literal if term is None else self._shrink.size(term)
         assert isinstance(size, int)
         return size

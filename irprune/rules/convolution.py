@@ -91,8 +91,8 @@ def transposed_convolution(op: Op, input: Value, weight: Value, bias: Value | No
 
 
 @resize("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def resize_convolution(rw: Resize, groups: int = 1, **_: Any) -> None:
-    if groups > 1:
+def resize_convolution(rw: Resize, groups: Any = 1, **_: Any) -> None:
+    if groups != 1:
         rw.set("groups", rw.kept("groups", groups))
 
 

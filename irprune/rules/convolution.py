@@ -32,21 +32,39 @@ def convolution(op: Op, input: Value, weight: Value, bias: Value | None = None, 
     """Cross-correlation.
 
     Shapes: x ``(N, G * i, *space)`` (``N`` may lack), weight ``(G * o, i, *kernel)``, bias and the
-    result's channels ``G * o``. ``i`` is contracted within each of the ``G`` groups.
+    result's channels ``G * o``. ``i`` is contracted within each of the ``G`` groups. Along an axis
+    that the kernel reads one place of at a time, as a convolution of size 1 does, space passes.
     """
     if transposed:
         return transposed_convolution(op, input, weight, bias, groups)
     rank = weight.ndim - 2
     channel = input.ndim - rank - 1
-    spatial(op, *weight.axes[2:], *input.axes[channel + 1 :])
+    pointwise = _pointwise(op, weight, rank)
+    space = input.axes[channel + 1 :]
+    spatial(op, *weight.axes[2:], *(term for term, free in zip(space, pointwise, strict=True) if not free))
+    through = zip(space, op.shape[channel + 1 :], pointwise, strict=True)
+    after = tuple(term if free else places(op, (size,))[0] for term, size, free in through)
     out = _grouped(op, input.axes[channel], weight.axes[1], weight.axes[0], weight.shape[0], groups)
     op.contract(input, channel)
     op.contract(weight, 1)
     if bias is not None:
         op.unify(bias.axes[0], weight.axes[0])
-    result = (*input.axes[:channel], out, *places(op, op.shape[channel + 1 :]))
+    result = (*input.axes[:channel], out, *after)
     op.macs(_product(*result, *weight.axes[1:]))
     return result
+
+
+def _pointwise(op: Op, weight: Value, rank: int) -> list[bool]:
+    """Along which axes of space each place of the result is made of the same place of the input."""
+    padding = op.argument("padding")
+    steps = [_spread(op.argument("stride"), rank), _spread(0 if isinstance(padding, str) else padding, rank)]
+    return [kernel == 1 and stride == 1 and pad == 0 for kernel, stride, pad in zip(weight.shape[2:], *steps, strict=True)]
+
+
+def _spread(value: Any, rank: int) -> list[Any]:
+    """One number for each axis of space."""
+    found = list(value) if isinstance(value, list | tuple) else [value]
+    return found * rank if len(found) == 1 else found
 
 
 def _grouped(op: Op, channels: Term, inner: Term, outer: Term, size: Size, groups: int) -> Term:

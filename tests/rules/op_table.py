@@ -379,6 +379,15 @@ case("cross", "", ROWS, lambda n, x: aten.cross(n.linear(x, 3), n.linear(x, 3), 
 
 # -- convolutions and what works in space ----------------------------------------------------------
 
+# A token mixer: positions are the channels of a convolution of size 1, and features its space.
+case("conv1d/of size 1", "ffn:8", SEQUENCE, lambda n, x: n.linear(n.layer(lambda: torch.nn.Conv1d(5, 5, 1))(n.linear(x, 8)), 3))
+case(
+    "conv1d/of size 1 with steps",
+    "",
+    SEQUENCE,
+    lambda n, x: n.linear(n.layer(lambda: torch.nn.Conv1d(5, 5, 1, stride=2))(n.linear(x, 8)), 3),
+)
+
 for _rank, _inputs in ((1, SIGNAL), (2, IMAGE), (3, VOLUME)):
     case(f"conv{_rank}d", "conv:8", _inputs, lambda n, x, r=_rank: n.conv(F.relu(n.conv(x, 8, 3, rank=r)), 2, rank=r))
     case(
@@ -433,6 +442,8 @@ POOLS: list[tuple[str, int, Callable[[Tensor], Any]]] = [
     ("adaptive_max_pool1d", 1, lambda h: aten.adaptive_max_pool1d(h, [2])[0]),
     ("max_pool1d_with_indices", 1, lambda h: aten.max_pool1d_with_indices(h, [2])[0]),
     ("upsample_nearest1d", 1, lambda h: aten.upsample_nearest1d(h, [12])),
+    ("max_unpool2d", 2, lambda h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2)),
+    ("max_unpool3d", 3, lambda h: F.max_unpool3d(*F.max_pool3d(h, 2, return_indices=True), 2)),
     ("upsample_linear1d", 1, lambda h: aten.upsample_linear1d(h, [12], False)),
     ("_upsample_nearest_exact1d", 1, lambda h: aten._upsample_nearest_exact1d(h, [12])),
     ("max_pool2d", 2, lambda h: F.max_pool2d(h, 2)),
@@ -520,6 +531,14 @@ case(
     "conv:8",
     IMAGE,
     lambda n, x: n.conv(F.grid_sample(n.conv(x, 8), n.conv(x, 2).tanh().permute(0, 2, 3, 1), align_corners=False), 2),
+)
+case(
+    "affine_grid_generator",
+    "ffn:8",
+    IMAGE,
+    lambda n, x: F.grid_sample(
+        x, F.affine_grid(n.linear(n.linear(x.mean((2, 3)), 8), 6).view(-1, 2, 3), [x.shape[0], 1, 6, 6], False), align_corners=False
+    ),
 )
 case(
     "grid_sampler_3d",
@@ -769,6 +788,7 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 for _name, _reduce in MIXED.items():
     case(_name if _name != "mean/of integers" else "amax/of integers", "other:8~ ffn:6", ROWS, gate(_reduce))
+case("max/number at the place", "experts:8~ ffn:6", ROWS, gate(lambda h: (-h).gather(-1, h.max(-1, keepdim=True).indices)))
 case("var", "other:8~ ffn:6", ROWS, gate(lambda h: h.var(-1, keepdim=True)), least=2)
 case("var_mean", "other:8~ ffn:6", ROWS, gate(lambda h: sum(torch.var_mean(h, -1, keepdim=True))), least=2)
 case("std_mean", "other:8~ ffn:6", ROWS, gate(lambda h: sum(torch.std_mean(h, -1, keepdim=True))), least=2)

@@ -334,6 +334,7 @@ def tables(bench: Bench, found: dict[str, dict[str, Any]], wanted: Sequence[str]
         f"`{bench.options.recovery}`, irprune's by `{bench.options.best_recovery or bench.options.recovery}`: without `lora` "
         "`recover` trains all weights.",
         "",
+        *_beside(bench, found),
     ]
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -344,6 +345,25 @@ def tables(bench: Bench, found: dict[str, dict[str, Any]], wanted: Sequence[str]
     if said:
         lines += ["## What this says", "", *(f"- {line}" for line in said), ""]
     return "\n".join(lines)
+
+
+def _beside(bench: Bench, found: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What the columns are that not every cell has, and how far the first of them can be trusted."""
+    scored = [cell for cell in found.values() if "average" in cell]
+    said = []
+    if scored:
+        tasks = sorted({task for cell in scored for task in cell["tasks"]})
+        error = 0.5 / (len(tasks) * bench.options.tasks) ** 0.5
+        said.append(
+            f"Zero-shot: the mean accuracy of {', '.join(tasks)}, the first {bench.options.tasks} documents of each; one standard "
+            f"deviation of it is up to {error:.3f}, so that smaller differences say nothing."
+        )
+    if any("latency_ms" in cell for cell in found.values()):
+        said.append("onnxruntime: the median processor time of a prompt of 64 tokens on one thread.")
+    if said and len(scored) < len(found):
+        said.append("Lines without these columns' values were not measured so.")
+    if said:
+        yield from (" ".join(said), "")
 
 
 def _findings(found: dict[str, dict[str, Any]], text: str) -> Iterator[str]:

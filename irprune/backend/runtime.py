@@ -248,7 +248,9 @@ def fresh_inputs(interface: Interface, sizes: Mapping[str, int] | None = None, *
 
     Integers are drawn between zero and the example's largest (indices stay valid; where the example
     has negative ones, from its own values), numbers from a normal distribution with the example's mean
-    and deviation within its range. What is a mask in the example (zeros and ones) is all ones.
+    and deviation within its range. What is a mask in the example (zeros and ones) is all ones; numbers of
+    which some are infinite, as of a mask that is added, are the example's own, so that no row is masked whole
+    that was not.
 
     Args:
         interface: Of the program.
@@ -277,7 +279,11 @@ def _draw(example: torch.Tensor, shape: list[int], generator: torch.Generator) -
         return torch.ones(shape, dtype=example.dtype, device=example.device)
     if not values.is_floating_point() and low >= 0:
         drawn = torch.randint(0, int(high) + 1, shape, generator=generator)
-    elif not values.is_floating_point() or not bool(wide.isfinite().all()):
+    elif not bool(wide.isfinite().all()):
+        drawn = wide.reshape(example.shape)
+        for axis, size in enumerate(shape):
+            drawn = drawn.index_select(axis, torch.arange(size) % drawn.shape[axis])
+    elif not values.is_floating_point():
         drawn = wide[torch.randint(0, len(wide), shape, generator=generator)]
     else:
         deviation = wide.std(correction=0)

@@ -123,14 +123,14 @@ def beside(layers: int, rounds: int) -> int:
     if {parts["params"] for parts in ours} != {parts[2] for parts in theirs}:
         print(f"note: {ours[0]['params']:,} parameters are left, by Torch-Pruning {theirs[0][2]:,}")
     counted = mine["discovery"] + mine["removal"]
-    ratio, whole = (build + step) / counted, sum(mine.values())
+    ratio, whole = (build + step) / counted, sum(mine.values()) - mine["proof"]
     good = ratio >= FASTER
     print(
         f"{'ok' if good else 'MISSED'}  LLaMA of {layers} layers, width 256: discovery {mine['discovery']:.2f} s and removal "
         f"{mine['removal']:.2f} s; Torch-Pruning {torch_pruning.__version__} builds in {build:.2f} s and prunes in {step:.2f} s = "
         f"{ratio:.1f} times (at least {FASTER:g}; {(build + step) / (counted + mine['scores']):.1f} with our scores of "
-        f"{mine['scores']:.2f} s)\n    in all, with tracing {mine['tracing']:.1f} s and the proof {mine['proof']:.1f} s: "
-        f"{whole:.1f} s against {build + step:.1f} s"
+        f"{mine['scores']:.2f} s)\n    in all, with tracing {mine['tracing']:.1f} s: {whole:.1f} s against {build + step:.1f} s; "
+        f"the proof, which Torch-Pruning has none of, takes {mine['proof']:.1f} s more"
     )
     return 0 if good else 1
 
@@ -150,8 +150,9 @@ def _irprune(layers: int, ids: Any) -> dict[str, float]:
     module = _model(layers)
     times = [clock()]
     program = trace(module, (), {"input_ids": ids}, {"input_ids": {0: "batch", 1: "sequence"}})
-    gc.collect()  # what tracing leaves behind is not for discovery to pay
-    tracing, times = clock() - times[0], [clock()]
+    tracing = clock() - times[0]
+    gc.collect()  # what tracing leaves behind is not for discovery to pay, nor is what Torch-Pruning leaves behind counted
+    times = [clock()]
     program = typed(program)
     groups = discover(program)
     times.append(clock())

@@ -452,6 +452,16 @@ def _done(path: Path, cell: Cell) -> bool:
     return path.exists() and json.loads(path.read_text())["pipeline"] == cell.pipeline
 
 
+def _command(arguments: Sequence[str]) -> str:
+    """What measures the page's cells again: where cells and page were kept says nothing to a reader."""
+    places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    places.add_argument("--out")
+    places.add_argument("--report")
+    places.add_argument("--report-only", action="store_true")
+    _, kept = places.parse_known_args(arguments)
+    return shlex.join(["python", f"tools/{Path(__file__).name}", *kept])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="directory of a Hugging Face checkpoint")
@@ -485,7 +495,7 @@ def main() -> None:
         said = found.get("error") or ", ".join(f"{name} {found[name]:.2f}" for name in bench.texts)
         print(f"{cell.name}: {said}", flush=True)
     known = {cell.name: json.loads(path.read_text()) for cell in wanted if _done(path := bench.out / f"{cell.name}.json", cell)}
-    command = " ".join(["python", *(shlex.quote(argument) for argument in (sys.argv[0], *sys.argv[1:]) if argument != "--report-only")])
+    command = _command(sys.argv[1:])
     report = Path(options.report) if options.report else bench.out / "results.md"
     write_text(report, tables(bench, known, [cell.name for cell in wanted], command))
     print(report)

@@ -40,7 +40,7 @@ from irprune.evaluate.tasks import named as tasks_named
 from irprune.frontend import export
 from irprune.frontend.batches import Binding
 from irprune.ir.facts import Fact, Groups, Note, Original, Plan, PruneReport, Task, Workspace
-from irprune.ir.program import Program, content
+from irprune.ir.program import Program, digest_tensors
 from irprune.pipeline import files, manager, manifest, processes, registry
 from irprune.pipeline.instruments import Timed, Timing, Untouched
 from irprune.pipeline.journal import Journal
@@ -479,7 +479,10 @@ def _given(target: Target, options: Mapping[str, Any]) -> dict[str, str]:
     elif isinstance(calibration, list | tuple):
         digest = hashlib.sha256()
         for leaf in pytree.tree_leaves(calibration):
-            digest.update(content(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf).encode())
+            if isinstance(leaf, torch.Tensor):
+                digest_tensors(digest, [("", leaf)])
+            else:
+                digest.update(repr(leaf).encode())
         found["calibration"] = digest.hexdigest()
     if isinstance(target, str | os.PathLike):
         plain = (f"{name}={value}" for name, value in sorted(options.items()) if name != "calibration" and isinstance(value, _PLAIN))

@@ -24,7 +24,7 @@ from irprune.backend import hf_resize, stream
 from irprune.backend.hf_export import Work, caches_as
 from irprune.backend.source import Stored, stored
 from irprune.backend.stream import Entry
-from irprune.ir.program import Program, content
+from irprune.ir.program import Program, digest_tensors
 
 
 @contextlib.contextmanager
@@ -176,10 +176,8 @@ class Streamed(Work):
         digest = hashlib.sha256(f"{self.program.source.identity()} {max_shard_size}".encode())
         for entry in entries:
             digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
-        for name, tensor in sorted(self.program.tensors.items()):
-            if not tensor.is_meta:  # refitted, say
-                digest.update(name.encode())
-                digest.update(content(tensor))
+        held = [(name, tensor) for name, tensor in sorted(self.program.tensors.items()) if not tensor.is_meta]  # refitted, say
+        digest_tensors(digest, held)
         return digest.hexdigest()
 
 
@@ -199,9 +197,7 @@ class _Own:
     def identity(self) -> str:
         assert self.work.program.source is not None
         digest = hashlib.sha256(self.work.program.source.identity().encode())
-        for name, tensor in sorted(self.held.items()):
-            digest.update(name.encode())
-            digest.update(content(tensor))
+        digest_tensors(digest, sorted(self.held.items()))
         return digest.hexdigest()
 
 

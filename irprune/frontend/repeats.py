@@ -146,7 +146,6 @@ class Repeats:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self.regions: list[_Region] = []
-        self.repeated = 0
         self._sets = _alike(model)
         # By the id of a module's ``__dict__``, which the tracer's proxies of the module share with it.
         self._hidden: dict[int, dict[str, Any]] = {}
@@ -241,7 +240,6 @@ class Repeats:
             key = (number, str(spec), *kinds, *(index.get(id(leaf)) for leaf in leaves), torch.is_grad_enabled(), *autocast)
             for region in self._known[key]:
                 if self._answers(member, region):
-                    self.repeated += 1
                     self._in_vain[number] = 0
                     return region.rebuilt(given, _marked(torch.ops.irprune.again(given, region.number, path), region.made))
             region = _Region(len(self.regions), path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -126,6 +126,13 @@ class Interface:
 def content(tensor: torch.Tensor) -> Any:
     """The bytes of a tensor's numbers as an array, for a digest; not copied where they lie in order in the processor's memory."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def digest_tensors(digest: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Add names, types, shapes and numbers of tensors to a digest of ``hashlib``."""
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(content(tensor))
 
 
 def graph_module(root: Any, graph: fx.Graph) -> fx.GraphModule:

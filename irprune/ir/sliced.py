@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from irprune.ir.program import Source, content
+from irprune.ir.program import Source, digest_tensors
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ class Sliced:
         digest = hashlib.sha256(self.of.identity().encode())
         for name, kept in sorted(self.kept.items()):
             digest.update(name.encode() + b"".join(b"-" if one is None else one.tobytes() for one in kept))
-        for name, tensor in sorted(self.held.items()):
-            digest.update(name.encode())
-            digest.update(content(tensor))
+        digest_tensors(digest, sorted(self.held.items()))
         return digest.hexdigest()
 
 

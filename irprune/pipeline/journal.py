@@ -227,8 +227,7 @@ def fingerprint(original: Program, passes: Iterable[Pass], task: Task | None) ->
     for name, tensor in original.tensors.items():
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if not tensor.is_meta and tensor.numel():
-            raw = content(tensor)
-            weights.update(raw)
+            weights.update(content(tensor))
     out = {
         "pipeline": unparse(passes),
         "seed": str(task.seed if task is not None else 0),

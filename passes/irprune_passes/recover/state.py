@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from irprune.errors import DataError
-from irprune.ir.program import content
+from irprune.ir.program import digest_tensors
 from irprune.pipeline.files import atomic
 
 _METADATA = "irprune.recover"
@@ -116,7 +116,6 @@ def key_of(options: Mapping[str, Any], batches: Sequence[Any], tensors: Mapping[
 
     digest = hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode())
     leaves = [leaf for batch in batches for leaf in pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)]
-    for tensor in (*(leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), *(tensors[name] for name in sorted(tensors))):
-        digest.update(str((tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(content(tensor))
+    digest_tensors(digest, (("", leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)))
+    digest_tensors(digest, sorted(tensors.items()))
     return digest.hexdigest()

@@ -30,6 +30,7 @@ Document = dict[str, Any]
 SUFFIXES = (".jsonl", ".txt", ".txt.bz2")
 LONGEST = 2048
 BATCH_TOKENS = 1024
+_FILL = 7 / 8  # a row that would be shorter than this part of its batch's longest begins a new batch
 _HELLASWAG_LINES = 6
 
 
@@ -111,27 +112,36 @@ def likelihoods(
         model's first choice.
     """
     rows = [[*context, *continuation][-(longest + 1) :] for context, continuation in pairs]
-    # Longest first, so that what runs out of memory does so at once.
-    batches: list[list[int]] = []
-    for number in sorted(range(len(rows)), key=lambda number: (-len(rows[number]), number)):
-        if batches and (len(batches[-1]) + 1) * len(rows[batches[-1][0]]) <= batch_tokens:
-            batches[-1].append(number)
-        else:
-            batches.append([number])
+    # Pairs that differ in their last token alone read the same row: it is asked once.
+    asked: dict[tuple[int, ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        asked.setdefault(tuple(row[:-1]), []).append(number)
     answers: dict[int, tuple[float, bool]] = {}
-    for batch in track(batches, "zero-shot"):
-        ids = torch.zeros(len(batch), len(rows[batch[0]]) - 1, dtype=torch.int64)
-        for place, number in enumerate(batch):
-            ids[place, : len(rows[number]) - 1] = torch.tensor(rows[number][:-1])
+    for batch in track(_batches(list(asked), batch_tokens), "zero-shot"):
+        ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
+        for place, row in enumerate(batch):
+            ids[place, : len(row)] = torch.tensor(row)
         logits = predict(ids)
-        for place, number in enumerate(batch):
-            end = len(rows[number]) - 1
-            count = min(len(pairs[number][1]), end)
-            scores = logits[place, end - count : end].float().log_softmax(-1).cpu()
-            wanted = torch.tensor(rows[number][-count:])
-            likelihood = scores.gather(-1, wanted[:, None]).double().sum()
-            answers[number] = (float(likelihood), bool((scores.argmax(-1) == wanted).all()))
+        for place, row in enumerate(batch):
+            for number in asked[row]:
+                count = min(len(pairs[number][1]), len(row))
+                scores = logits[place, len(row) - count : len(row)].float().log_softmax(-1).cpu()
+                wanted = torch.tensor(rows[number][-count:])
+                likelihood = scores.gather(-1, wanted[:, None]).double().sum()
+                answers[number] = (float(likelihood), bool((scores.argmax(-1) == wanted).all()))
     return [answers[number] for number in range(len(rows))]
+
+
+def _batches(rows: Sequence[tuple[int, ...]], most: int) -> list[list[tuple[int, ...]]]:
+    """Rows of similar length together; longest first, so that what runs out of memory does so at once."""
+    batches: list[list[tuple[int, ...]]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        longest = len(batches[-1][0]) if batches else 0
+        if batches and (len(batches[-1]) + 1) * longest <= most and len(row) >= _FILL * longest:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
 
 
 # -- files ----------------------------------------------------------------------------------------

@@ -118,6 +118,19 @@ def test_a_context_loses_its_beginning_where_the_model_reads_less() -> None:
     assert seen == [[3, 4, 5]]
 
 
+def test_a_row_is_asked_once_and_beside_rows_of_its_length() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def predict(ids: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(ids.shape))
+        return next_number(ids)
+
+    long, short = [0, 1, 2, 3, 4, 5, 6, 7], [3, 4]
+    have = likelihoods(predict, [(long, [0]), (short, [5]), (long, [1]), (long[1:], [0]), (short, [6, 7])])
+    assert seen == [(2, 8), (1, 3), (1, 2)]  # 7 of 8 tokens go along, 3 of 8 do not
+    assert [greedy for _, greedy in have] == [True, True, False, True, False]
+
+
 def test_likelihoods_are_those_of_the_model(program: Program, tokenizer: Any) -> None:
     pairs = [
         (tokenizer(a)["input_ids"], tokenizer(b)["input_ids"]) for a, b in (("The sky is", " blue"), ("A longer text about", " a dog"))

@@ -1,8 +1,9 @@
 """LLM-Pruner's comparison (arXiv 2305.11627, tables 1, 2 and 4) on a small language model, and what goes beyond it.
 
 One cell is one pipeline. It is run, measured and written to ``OUT/CELL.json``; a cell whose file is
-there is not run again, so a run that is stopped goes on where it was. When all asked cells are there,
-or with ``--report-only``, the tables are written.
+there is not run again, so a run that is stopped goes on where it was. Where the file lacks a column that
+is asked for now (``--tasks``, ``--latency``), the pipeline is run again and only that is measured. When all
+asked cells are there, or with ``--report-only``, the tables are written.
 
 Needs the folder ``shared`` (``IRPRUNE_SHARED``, ``../shared`` if that is not set) for texts and tasks, and a checkpoint:
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import hashlib
 import json
 import os
 import platform
@@ -203,8 +205,13 @@ class Bench:
         self.tokenizer = tokenizer_of(target, None)
         self.tokens = {name: tokenised(self.tokenizer, read_text(path)) for name, path in self.texts.items()}
 
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """One cell's pipeline and measures."""
+    def lacks(self, known: dict[str, Any]) -> list[str]:
+        """The columns that are asked for and that a cell does not have yet."""
+        asked = [*self.texts, *(["average"] if self.options.tasks else []), *(["latency_ms"] if self.options.latency else [])]
+        return [] if "error" in known else [column for column in asked if column not in known]
+
+    def run(self, cell: Cell, known: dict[str, Any]) -> dict[str, Any]:
+        """One cell's pipeline and measures; of a cell that is known, those that it lacks."""
         if self.program is None:
             self.load()
         assert self.program is not None
@@ -216,24 +223,26 @@ class Bench:
             program, passes = self._piped(cell)
         else:
             program = self.program
-        seconds = time.perf_counter() - start
+        timed = {"seconds": time.perf_counter() - start, "passes": passes}
         cost = Cost(program)
-        found: dict[str, Any] = {
-            **dataclasses.asdict(cell),
-            "params": cost.params(),
-            "macs": cost.macs(),
-            "bytes": cost.bytes(),
-            "seconds": seconds,
-            "passes": passes,
-        }
+        shapes = hashlib.sha256(repr([(name, tuple(tensor.shape)) for name, tensor in program.tensors.items()]).encode()).hexdigest()
+        sizes = {"params": cost.params(), "macs": cost.macs(), "bytes": cost.bytes(), "shapes": shapes}
+        found: dict[str, Any] = {**dataclasses.asdict(cell), **timed, **known, **sizes}
+        lacking = self.lacks(known)
         predict = Predictor.of(program)
-        for name, tokens in self.tokens.items():
-            found[name] = perplexity(predict, tokens, LENGTH, self.options.windows, label=name).perplexity
-        if self.options.tasks:
+        for name in lacking:
+            if name in self.tokens:
+                found[name] = perplexity(predict, self.tokens[name], LENGTH, self.options.windows, label=name).perplexity
+        if "average" in lacking:
             found["tasks"], found["average"] = self._zero_shot(predict)
-        if self.options.latency:
-            found["latency_ms"] = self._latency(program, cell)
+        if "latency_ms" in lacking:
+            found["latency_ms"] = self._timed_before(shapes) or self._latency(program)
         return found
+
+    def _timed_before(self, shapes: str) -> float | None:
+        """The latency of a cell whose tensors have the same shapes: it is a property of those, not of their values."""
+        there = (json.loads(path.read_text()) for path in sorted(self.out.glob("*.json")))
+        return next((cell["latency_ms"] for cell in there if cell.get("shapes") == shapes and "latency_ms" in cell), None)
 
     def _piped(self, cell: Cell) -> tuple[Program, dict[str, float]]:
         """The pipeline's program, and the seconds of each pass."""
@@ -251,7 +260,7 @@ class Bench:
         measured = accuracy(predict, self.tokenizer, tasks, limit=self.options.tasks)
         return {name: one.acc if one.acc_norm is None else one.acc_norm for name, one in measured.items()}, averages(measured)["acc_norm"]
 
-    def _latency(self, program: Program, cell: Cell) -> float:
+    def _latency(self, program: Program) -> float:
         import tempfile
 
         from irprune.backend.onnx import export
@@ -359,8 +368,11 @@ def _beside(bench: Bench, found: dict[str, dict[str, Any]]) -> Iterator[str]:
             f"deviation of it is up to {error:.3f}, so that smaller differences say nothing."
         )
     if any("latency_ms" in cell for cell in found.values()):
-        said.append("onnxruntime: the median processor time of a prompt of 64 tokens on one thread.")
-    if said and len(scored) < len(found):
+        said.append("onnxruntime: the median processor time of a prompt of 64 tokens on one thread; lines of equal shapes share it.")
+    seeds = [cell for name, cell in found.items() if "-random" in name]
+    if said and 0 < sum("average" in cell for cell in seeds) < len(seeds):
+        said.append("Random criteria: these columns of one seed.")
+    if said and any("average" not in cell for cell in found.values() if cell not in seeds and "error" not in cell):
         said.append("Lines without these columns' values were not measured so.")
     if said:
         yield from (" ".join(said), "")
@@ -447,9 +459,10 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{mean:{form}}" + (f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else "")
 
 
-def _done(path: Path, cell: Cell) -> bool:
-    """Whether the cell's file is there and says what this cell does."""
-    return path.exists() and json.loads(path.read_text())["pipeline"] == cell.pipeline
+def _known(path: Path, cell: Cell) -> dict[str, Any]:
+    """What the cell's file says; nothing where it is not there or says what another pipeline does."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("pipeline", "") == cell.pipeline else {}
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -485,19 +498,21 @@ def main() -> None:
     wanted = [cell for cell in wanted if options.recovery or "-tuned" not in cell.name]
     for cell in wanted:
         path = bench.out / f"{cell.name}.json"
-        if options.report_only or _done(path, cell) or not any(fnmatch.fnmatch(cell.name, pattern) for pattern in patterns):
+        known = _known(path, cell)
+        asked = not options.report_only and any(fnmatch.fnmatch(cell.name, pattern) for pattern in patterns)
+        if not asked or (known and not bench.lacks(known)):
             continue
         try:
-            found = bench.run(cell)
+            found = bench.run(cell, known)
         except IrpruneError as error:
             found = {**dataclasses.asdict(cell), "error": error.message}
         write_text(path, json.dumps(found, indent=2) + "\n")
         said = found.get("error") or ", ".join(f"{name} {found[name]:.2f}" for name in bench.texts)
         print(f"{cell.name}: {said}", flush=True)
-    known = {cell.name: json.loads(path.read_text()) for cell in wanted if _done(path := bench.out / f"{cell.name}.json", cell)}
+    there = {cell.name: found for cell in wanted if (found := _known(bench.out / f"{cell.name}.json", cell))}
     command = _command(sys.argv[1:])
     report = Path(options.report) if options.report else bench.out / "results.md"
-    write_text(report, tables(bench, known, [cell.name for cell in wanted], command))
+    write_text(report, tables(bench, there, [cell.name for cell in wanted], command))
     print(report)
 
 

@@ -114,8 +114,8 @@ def likelihoods(
     rows = [[*context, *continuation][-(longest + 1) :] for context, continuation in pairs]
     # Pairs that differ in their last token alone read the same row: it is asked once.
     asked: dict[tuple[int, ...], list[int]] = {}
-    for number, row in enumerate(rows):
-        asked.setdefault(tuple(row[:-1]), []).append(number)
+    for number, whole in enumerate(rows):
+        asked.setdefault(tuple(whole[:-1]), []).append(number)
     answers: dict[int, tuple[float, bool]] = {}
     for batch in track(_batches(list(asked), batch_tokens), "zero-shot"):
         ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)

@@ -25,7 +25,7 @@ from irprune.backend.proof import difference
 from irprune.errors import ExportError, IrpruneError, ParityError
 from irprune.ir.facts import Note, Pretrained
 from irprune.ir.program import Program
-from irprune.pipeline.files import PART, flush, readable, remove, sha256, unwritable
+from irprune.pipeline.files import PART, checksum, flush, readable, remove, unwritable
 from irprune.pipeline.progress import doing
 
 Layout = Literal["auto", "plain", "resized"]
@@ -431,7 +431,7 @@ class Work:
     def write(self, model: Any, folder: Path, max_shard_size: str, record: Path | None) -> dict[str, str]:
         """Write weights and configuration, noting in ``record`` what is written. Returns the checksum of each file of weights."""
         model.save_pretrained(str(folder), max_shard_size=max_shard_size)
-        return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+        return {path.name: checksum(path) for path in sorted(folder.glob("*.safetensors"))}
 
     # -- files ------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from torch import nn
 from irprune.backend.hf_config import Place, Sizes
 from irprune.errors import DataError, ParityError
 from irprune.ir.program import set_tensor
-from irprune.pipeline.files import sha256
+from irprune.pipeline.files import checksum
 from irprune.pipeline.progress import track
 
 KEY = "irprune"
@@ -326,7 +326,7 @@ def check_files(folder: Path, *, contents: bool = True) -> None:
         if not (folder / name).is_file():
             raise _damaged(folder / name, "the file is missing")
     for name, digest in track(noted.items(), "check the weights") if contents else ():
-        if sha256(folder / name) != digest:
+        if checksum(folder / name) != digest:
             raise _damaged(folder / name, f"the file's checksum is not the one in {REFERENCE}")
 
 

@@ -8,7 +8,6 @@ not what was written; the bytes are the same as those of an undisturbed one.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -21,8 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import xxhash
 
-from irprune.pipeline.files import atomic, sha256, write_text, writing
+from irprune.pipeline.files import atomic, checksum, write_text, writing
 from irprune.pipeline.progress import track
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -100,7 +100,7 @@ def write(folder: Path, entries: Sequence[Entry], *, most: int, fingerprint: str
             directory are removed. ``None``: every shard is written.
 
     Returns:
-        File name to SHA-256 of each shard, in order.
+        File name to checksum of each shard, in order.
 
     Raises:
         OutputError: A file cannot be written.
@@ -138,7 +138,7 @@ def _kept(folder: Path, record: Path | None, fingerprint: str, names: Sequence[s
     kept = {}
     for path in track(there, "check weights that are there"):
         digest = noted.get(path.name) if path.name in names else None
-        if digest is not None and sha256(path) == digest:
+        if digest is not None and checksum(path) == digest:
             kept[path.name] = digest
         else:
             with writing(path):
@@ -185,34 +185,29 @@ def _header(part: Sequence[Entry]) -> bytes:
 
 
 def _shard(path: Path, part: Sequence[Entry], done: _Ahead) -> str:
-    """Write one shard. Returns its SHA-256.
+    """Write one shard. Returns its checksum.
 
-    While a block is written it goes into the checksum beside it, and what was written before is on its way to
-    the disk: each of the three takes about as long as the others.
+    While a block is written, the next ones are read, and what was written before is on its way to the disk.
     """
-    digest = hashlib.sha256()
-    with atomic(path) as place, place.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hashing, ThreadPoolExecutor(1) as flushing:
+    digest = xxhash.xxh3_128()
+    with atomic(path) as place, place.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as flushing:
         header = _header(part)
         digest.update(header)
         file.write(header)
-        hashed: Future[None] | None = None
         flushed: Future[None] | None = None
         waiting = 0
         for entry in part:
             for _ in entry.blocks():
                 data = done.take().numpy().data
-                if hashed is not None:
-                    hashed.result()
-                hashed = hashing.submit(digest.update, data)
+                digest.update(data)
                 _write_all(file.fileno(), data)
                 waiting += data.nbytes
                 if waiting >= _FLUSH and (flushed is None or flushed.done()):
                     if flushed is not None:
                         flushed.result()
                     flushed, waiting = flushing.submit(os.fsync, file.fileno()), 0
-        for last in (hashed, flushed):
-            if last is not None:
-                last.result()
+        if flushed is not None:
+            flushed.result()
     return digest.hexdigest()
 
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from irprune.errors import IrpruneError, OutputError
 
 PART = ".irprune-part"
@@ -260,6 +262,16 @@ def sha256(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """The XXH3 checksum (128 bits) of a file's content, in hexadecimal.
+
+    For what irprune writes and reads back itself: it finds damage as SHA-256 does, twenty times as fast, and is
+    no proof against somebody who makes a file on purpose.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def flush(file: Path) -> None:

@@ -29,7 +29,7 @@ from irprune.errors import ResumeError
 from irprune.ir.facts import Fact, PruneReport, Task
 from irprune.ir.program import Program, content
 from irprune.ir.snapshot import NotStorable, decode, encode, pack, texts, unpack
-from irprune.pipeline.files import PARTIAL, flush, sha256, unwritable, write_text
+from irprune.pipeline.files import PARTIAL, checksum, flush, sha256, unwritable, write_text
 from irprune.pipeline.parser import unparse
 from irprune.pipeline.passes import Facts, Pass, Result
 
@@ -120,7 +120,7 @@ class Journal:
             entry = _json(place / "entry.json")
             for name, digest in entry["files"].items():
                 file = place / name
-                if not file.is_file() or sha256(file) != digest:
+                if not file.is_file() or checksum(file) != digest:
                     problem = "is missing" if not file.is_file() else "does not have the checksum that the journal notes"
                     raise ResumeError(f"a file of the interrupted run {problem}", where=str(file), hint="start anew with --force")
             self.entries[number] = entry
@@ -209,7 +209,7 @@ class Journal:
         if tensors and given is not None:
             save_file(_apart(tensors), part / "tensors.safetensors")
             flush(part / "tensors.safetensors")
-        files = {path.name: sha256(path) for path in part.iterdir()}
+        files = {path.name: checksum(path) for path in part.iterdir()}
         entry = {"pass": str(one), "seconds": seconds, "program": data, "facts": given, "files": files}
         (part / "entry.json").write_text(json.dumps(entry), encoding="utf-8")
         flush(part / "entry.json")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from irprune.backend import stream
 from irprune.backend.stream import INDEX, SINGLE, Entry, plan, write
 from irprune.errors import OutputError
-from irprune.pipeline.files import sha256
+from irprune.pipeline.files import checksum
 
 TENSORS = {
     "a.weight": torch.randn(7, 5, generator=torch.Generator().manual_seed(0)),
@@ -42,7 +42,7 @@ def entries(tensors: dict[str, torch.Tensor] = TENSORS, fails: str = "") -> list
 
 
 def read(folder: Path, digests: dict[str, str]) -> dict[str, torch.Tensor]:
-    assert digests == {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    assert digests == {path.name: checksum(path) for path in sorted(folder.glob("*.safetensors"))}
     return {name: tensor for path in digests for name, tensor in load_file(folder / path).items()}
 
 

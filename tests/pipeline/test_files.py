@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from irprune.errors import OutputError
-from irprune.pipeline.files import atomic, sha256, staged, write_text
+from irprune.pipeline.files import atomic, checksum, sha256, staged, write_text
 
 
 def listing(folder: Path) -> list[str]:
@@ -78,6 +78,11 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_checksum(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert checksum(tmp_path / "a") == "06b05ab6733a618578af5f94892f3950"
 
 
 def fill(path: Path, error: BaseException | None = None, **options: object) -> None:

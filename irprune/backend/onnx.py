@@ -203,8 +203,10 @@ def convert(program: Program, *, opset: int | None = None, optimize: bool = True
     if meta is not None:
         raise ExportError(f"the weight '{meta}' has no data (meta device)", hint="load the model with its weights, or leave out 'export'")
     opset = opset or (23 if any(tensor.dtype == torch.bfloat16 for tensor in program.tensors.values()) else 20)
+    from irprune.backend.real_pairs import in_real_pairs
+
     with _quiet():
-        flat = flattened(program, Signature.of(program))
+        flat = in_real_pairs(flattened(program, Signature.of(program)))
         renamed(flat.module.graph)
         try:
             exported = as_it_is(to_exported(flat))

@@ -78,11 +78,24 @@ def cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
     return op.Pow(op.ReduceSum(op.Pow(gaps, op.CastLike(p, gaps)), [-1], keepdims=0), op.CastLike(1 / p, gaps))
 
 
+def hypot(self: Any, other: Any) -> Any:
+    """The length of a right triangle's third side; the larger side is taken out, so that no square leaves the range."""
+    from onnxscript.onnx_opset import opset18
+
+    op: Any = opset18
+    one, two = op.Abs(self), op.Abs(other)
+    large, small = op.Max(one, two), op.Min(one, two)
+    zero = op.CastLike(0.0, large)
+    share = op.Div(small, op.Where(op.Equal(large, zero), op.CastLike(1.0, large), large))
+    return op.Mul(large, op.Sqrt(op.Add(op.CastLike(1.0, share), op.Mul(share, share))))
+
+
 TRANSLATIONS: dict[str, Callable[..., Any]] = {
     "transformers::grouped_mm_fallback": grouped_mm,
     "aten::_grouped_mm": grouped_mm,
     "aten::diff": diff,
     "aten::cdist": cdist,
+    "aten::hypot": hypot,
 }
 
 _OPERATORS = {

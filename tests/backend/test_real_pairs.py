@@ -1,0 +1,146 @@
+"""Complex numbers as two real tensors: the program without them computes what the one with them does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from irprune.backend.onnx import export
+from irprune.backend.onnx_ops import hypot
+from irprune.backend.real_pairs import in_real_pairs
+from irprune.backend.runtime import Session
+from irprune.errors import ExportError
+from irprune.frontend.export import trace
+from irprune.ir.program import Program
+
+ROWS, WIDTH = 6, 8
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(len(shape)))
+
+
+class Between(nn.Module):
+    """Something complex between two linear layers."""
+
+    def __init__(self, inner: Callable[..., Tensor], *weights: Tensor) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([nn.Parameter(weight) for weight in weights])
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.inner(self.first(x), *self.weights))
+        return out
+
+
+def pairs(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (WIDTH // 2, 2)))
+
+
+def flat(z: Tensor) -> Tensor:
+    return torch.view_as_real(z).flatten(-2)
+
+
+HALF = WIDTH // 2
+WRITTEN_OUT: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "rotary": (lambda x, w: flat(pairs(x) * torch.polar(torch.ones(ROWS, HALF), w.abs())), (drawn(ROWS, HALF),)),
+    "product": (lambda x, w: flat(pairs(x) @ w), (drawn(HALF, HALF),)),
+    "einsum": (lambda x, w: flat(torch.einsum("bsc,cd->bsd", pairs(x), w)), (drawn(HALF, HALF),)),
+    "linear": (lambda x, w, b: flat(F.linear(pairs(x), w, b)), (drawn(HALF, HALF), drawn(HALF))),
+    "convolution": (lambda x, w: flat(F.conv1d(pairs(x).mT, w, padding=1).mT), (drawn(HALF, HALF, 3),)),
+    "made of two": (lambda x: flat(torch.complex(x[..., :HALF], x[..., HALF:])), ()),
+    "real to complex": (lambda x, w: (x.to(torch.complex64) @ w).real, (drawn(WIDTH, WIDTH),)),
+    "complex number": (lambda x: torch.exp(0.5j * x).real + (x * (2 + 1j)).imag, ()),
+    "several results": (lambda x: torch.stack([one.abs() for one in pairs(x).unbind(-1)] * 2, -1), ()),
+    "parts, angle, conjugate": (lambda x: torch.cat([pairs(x).conj().angle(), pairs(x).conj().imag], -1), ()),
+    "moved": (lambda x: flat(torch.cat([pairs(x).roll(1, 1)[..., :1], pairs(x).flip(-1)[..., 1:]], -1)), ()),
+    "chosen rows": (lambda x, w: flat(pairs(x) * w[torch.arange(ROWS)]), (drawn(10, HALF),)),
+    "sums": (lambda x: x + pairs(x).mean(1, keepdim=True).abs().sum(-1, keepdim=True), ()),
+    "powers": (lambda x: flat(pairs(x) ** 2 / (1 + pairs(x).abs())), ()),
+    "state space": (lambda x, a: x * torch.exp(a * torch.arange(ROWS)[:, None]).sum(-1).real[:, None], (drawn(5) * 0.1,)),
+}
+TRANSFORMS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "of both axes": (lambda x: torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real, ()),
+    "filter": (lambda x, w: torch.fft.irfft(torch.fft.rfft(x, dim=1) * w, n=ROWS, dim=1), (drawn(HALF, WIDTH),)),
+    "filter in two": (lambda x, w: torch.fft.irfft2(torch.fft.rfft2(x) * w, s=(ROWS, WIDTH)), (drawn(ROWS, HALF + 1),)),
+    "of complex": (lambda x: flat(torch.fft.ifft2(torch.fft.fftshift(torch.fft.fft(pairs(x)), dim=1))), ()),
+}
+
+
+def complex_values(program: Program) -> list[str]:
+    return [node.name for node in program.nodes if isinstance(value := node.meta.get("val"), Tensor) and value.is_complex()]
+
+
+def traced(inner: Callable[..., Tensor], weights: tuple[Tensor, ...]) -> tuple[Program, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(3, ROWS, WIDTH)
+    return trace(Between(inner, *weights).eval(), (x,)), x
+
+
+@pytest.mark.parametrize("name", WRITTEN_OUT)
+def test_nothing_complex_is_left(name: str) -> None:
+    program, x = traced(*WRITTEN_OUT[name])
+    assert complex_values(program)
+    want = program(x)
+    new = in_real_pairs(program)
+    assert complex_values(new) == []
+    assert not any(tensor.is_complex() for tensor in new.tensors.values())
+    assert torch.allclose(new(x), want, atol=1e-5)
+    assert torch.equal(program(x), want)
+
+
+@pytest.mark.parametrize("name", ["rotary", "convolution", "powers", *TRANSFORMS])
+def test_the_file_computes_what_the_program_does(name: str, tmp_path: Path) -> None:
+    program, x = traced(*{**WRITTEN_OUT, **TRANSFORMS}[name])
+    session = Session(export(program, tmp_path / "model.onnx").path, program)
+    assert torch.allclose(session(x), program(x), atol=1e-5)
+
+
+def test_a_program_without_complex_numbers_is_the_one_that_it_was() -> None:
+    program, _ = traced(lambda x: x.relu(), ())
+    assert in_real_pairs(program) is program
+
+
+def test_tensors_that_have_the_name_of_a_half() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("w", drawn(HALF))
+            self.register_buffer("w_real", torch.full((WIDTH,), 3.0))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return flat(pairs(x) * self.w) + self.w_real
+
+    x = torch.randn(3, ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+    program = trace(Named(), (x,))
+    new = in_real_pairs(program)
+    assert set(new.tensors) == {"w_real", "w_real_", "w_imag"}
+    assert torch.allclose(new(x), program(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["input", "output"])
+def test_complex_inputs_and_outputs_are_refused(what: str, tmp_path: Path) -> None:
+    class Open(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.abs() if what == "input" else x * 1j
+
+    x = torch.randn(3, 4, dtype=torch.complex64 if what == "input" else torch.float32)
+    with pytest.raises(ExportError, match=f"a complex {what} has no place in an ONNX file"):
+        export(trace(Open(), (x,)), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hypot_of_numbers_whose_squares_leave_the_range() -> None:
+    import numpy as np
+    from onnxscript import evaluator
+
+    with evaluator.default_as(evaluator.default()):
+        sides = np.array([3e30, 0, -5], np.float32), np.array([4e30, 0, 12], np.float32)
+        found = hypot(*sides)
+    assert np.allclose(np.asarray(found.value if hasattr(found, "value") else found), [5e30, 0, 13])

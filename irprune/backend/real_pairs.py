@@ -117,6 +117,8 @@ class _Writer:
         operands = [self._env[operand] for operand in node.all_input_nodes]
         if node.target is operator.getitem:
             return operands[0][node.args[1]]
+        if _by_part(node):
+            return self._twice(node)
         numbers = any(isinstance(leaf, complex) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
         # Torch's rules for complex numbers, then what the operation is composed of, then the operation itself.
         pairs = numbers or any(isinstance(one, _Pair) for one in operands)
@@ -149,8 +151,8 @@ class _Writer:
         values = [leaf.meta["val"] for leaf in leaves]
         rules: Any = {node.target: decomposition_table[node.target]} if node.target in decomposition_table else {}
         with self._mode:
-            traced = make_fx(run, rules if whole is torch.complex else {})(*values)
-        if any(getattr(one.target, "_schema", None) is not None and one.target._schema.is_mutable for one in traced.graph.nodes):
+            traced = make_fx(run, rules if whole is torch.complex else {}, tracing_mode="symbolic")(*values)
+        if any(_writes(one) for one in traced.graph.nodes):
             raise NotImplementedError(f"{node.target} is composed of writes in place")
         traced.graph.eliminate_dead_code(is_impure_node=_stays)
         self._env.update(zip(traced.graph.find_nodes(op="placeholder"), leaves, strict=True))
@@ -159,6 +161,29 @@ class _Writer:
         flat = iter([self._env[one] for one in results])
         found = [_Pair(next(flat), next(flat)) if pair else next(flat) for pair in pairs]
         return found if isinstance(node.meta["val"], (list, tuple)) else found[0]
+
+    def _twice(self, node: fx.Node) -> Any:
+        """The same operation on each part: views stay views, so that what is written to one is seen by the others."""
+        halves = []
+        for part in ("real", "imag"):
+            halves.append(self.graph.node_copy(node, functools.partial(self._part, part=part)))
+            if "dtype" in node.kwargs:
+                halves[-1].update_kwarg("dtype", node.meta["val"].dtype.to_real())
+            halves[-1].meta = {**node.meta, "val": pytree.tree_map(functools.partial(_half, part=part), node.meta["val"])}
+        if not isinstance(node.meta["val"], (list, tuple)):
+            return _Pair(*halves)
+        return [_Pair(*(self._added(node, operator.getitem, half, place) for half in halves)) for place in range(len(node.meta["val"]))]
+
+    def _part(self, node: fx.Node, part: str) -> fx.Node:
+        """A part of an operand; a real one as it is."""
+        found: fx.Node = getattr(self._env[node], part) if _is_complex(node) else self._env[node]
+        return found
+
+    def _added(self, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+        made = self.graph.call_function(target, args)
+        with self._mode:
+            made.meta = {**like.meta, "val": target(*fx.node.map_arg(args, lambda one: one.meta["val"]))}
+        return made
 
     def _made(self, node: fx.Node) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
         """How an operation on real tensors makes the two parts, where that is known."""
@@ -172,26 +197,20 @@ class _Writer:
     def _kept(self, node: fx.Node) -> Any:
         """The operation itself, on complex numbers that are put together for it."""
 
-        def added(target: Any, *args: Any) -> fx.Node:
-            made = self.graph.call_function(target, args)
-            values = fx.node.map_arg(args, lambda one: one.meta["val"])
-            with self._mode:
-                made.meta = {**node.meta, "val": target(*values)}
-            return made
-
         def operand(one: fx.Node) -> fx.Node:
-            return added(torch.ops.aten.complex.default, self._env[one].real, self._env[one].imag) if _is_complex(one) else self._env[one]
+            parts = [self._part(one, part) for part in ("real", "imag")]
+            return self._added(node, torch.ops.aten.complex.default, *parts) if _is_complex(one) else parts[0]
 
         def parts(one: fx.Node) -> Any:
             if not one.meta["val"].is_complex():
                 return one
-            whole = added(torch.ops.aten.view_as_real.default, one)
-            return _Pair(*(added(torch.ops.aten.select.int, whole, -1, part) for part in (0, 1)))
+            whole = self._added(node, torch.ops.aten.view_as_real.default, one)
+            return _Pair(*(self._added(node, torch.ops.aten.select.int, whole, -1, part) for part in (0, 1)))
 
         made = self.graph.node_copy(node, operand)
         if not isinstance(node.meta["val"], (list, tuple)):
             return parts(made)
-        return [parts(added(operator.getitem, made, place)) for place in range(len(node.meta["val"]))]
+        return [parts(self._added(node, operator.getitem, made, place)) for place in range(len(node.meta["val"]))]
 
 
 _MAKES: dict[Any, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
@@ -200,6 +219,7 @@ _MAKES: dict[Any, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     torch.ops.aten.polar.default: lambda abs, angle: (abs * angle.cos(), abs * angle.sin()),
 }
 _CASTS = ("aten::to", "aten::_to_copy", "prims::convert_element_type")
+_ZEROS = ("aten::zeros", "aten::new_zeros", "aten::zeros_like", "aten::empty", "aten::new_empty", "aten::empty_like")
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.lift_fresh_copy.default)
 
 
@@ -213,7 +233,24 @@ def _half(tensor: torch.Tensor, part: str) -> torch.Tensor:
 
 
 def _stays(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output")
+    return node.op in ("placeholder", "output") or _writes(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def _by_part(node: fx.Node) -> bool:
+    """Whether an operation does the same to both parts: a view, a copy into one, and what makes zeros."""
+    name, schema = op_name(node.target), getattr(node.target, "_schema", None)
+    if name in _ZEROS:
+        return _is_complex(node)
+    operands = [_is_complex(operand) for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), torch.Tensor)]
+    if schema is None or not _is_complex(node) or not operands or not all(operands):
+        return False
+    views = not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
+    return name == "aten::copy_" or (views and "conj" not in name)
 
 
 def _parts(value: torch.Tensor) -> tuple[torch.Tensor, ...]:

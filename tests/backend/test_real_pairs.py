@@ -47,6 +47,15 @@ def flat(z: Tensor) -> Tensor:
     return torch.view_as_real(z).flatten(-2)
 
 
+def written(z: Tensor, x: Tensor) -> Tensor:
+    """What a Fourier layer does with the frequencies that it keeps, and a view that sees it."""
+    out = torch.zeros(x.shape[0], ROWS, WIDTH // 2, dtype=torch.complex64)
+    seen = out[:, :, 1:]
+    out[:, :2, :3] = z[:, :2, :3]
+    out[:, -2:, :3] = z[:, -2:, :3]
+    return flat(out) + seen.real.sum((1, 2))[:, None, None]
+
+
 HALF = WIDTH // 2
 WRITTEN_OUT: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "rotary": (lambda x, w: flat(pairs(x) * torch.polar(torch.ones(ROWS, HALF), w.abs())), (drawn(ROWS, HALF),)),
@@ -63,6 +72,7 @@ WRITTEN_OUT: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "chosen rows": (lambda x, w: flat(pairs(x) * w[torch.arange(ROWS)]), (drawn(10, HALF),)),
     "sums": (lambda x: x + pairs(x).mean(1, keepdim=True).abs().sum(-1, keepdim=True), ()),
     "powers": (lambda x: flat(pairs(x) ** 2 / (1 + pairs(x).abs())), ()),
+    "written in place": (lambda x, w: written(pairs(x) @ w, x), (drawn(HALF, HALF),)),
     "state space": (lambda x, a: x * torch.exp(a * torch.arange(ROWS)[:, None]).sum(-1).real[:, None], (drawn(5) * 0.1,)),
 }
 TRANSFORMS: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
@@ -80,7 +90,7 @@ def complex_values(program: Program) -> list[str]:
 def traced(inner: Callable[..., Tensor], weights: tuple[Tensor, ...]) -> tuple[Program, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(3, ROWS, WIDTH)
-    return trace(Between(inner, *weights).eval(), (x,)), x
+    return trace(Between(inner, *weights).eval(), (x,), dynamic={"x": {0: "batch"}}), x
 
 
 @pytest.mark.parametrize("name", WRITTEN_OUT)
@@ -92,14 +102,16 @@ def test_nothing_complex_is_left(name: str) -> None:
     assert complex_values(new) == []
     assert not any(tensor.is_complex() for tensor in new.tensors.values())
     assert torch.allclose(new(x), want, atol=1e-5)
+    assert torch.allclose(new(more := torch.cat([x, -x])), program(more), atol=1e-5)
     assert torch.equal(program(x), want)
 
 
-@pytest.mark.parametrize("name", ["rotary", "convolution", "powers", *TRANSFORMS])
+@pytest.mark.parametrize("name", ["rotary", "convolution", "powers", "written in place", *TRANSFORMS])
 def test_the_file_computes_what_the_program_does(name: str, tmp_path: Path) -> None:
     program, x = traced(*{**WRITTEN_OUT, **TRANSFORMS}[name])
     session = Session(export(program, tmp_path / "model.onnx").path, program)
-    assert torch.allclose(session(x), program(x), atol=1e-5)
+    for given in (x, torch.cat([x, -x])):
+        assert torch.allclose(session(given), program(given), atol=1e-5)
 
 
 def test_a_program_without_complex_numbers_is_the_one_that_it_was() -> None:

@@ -10,8 +10,8 @@ Needs the folder ``shared`` (``IRPRUNE_SHARED``, ``../shared`` if that is not se
     python tools/reproduce_llm_pruner.py MODEL [--windows 72] [--tasks 40] [--latency] [--recovery 'lora,recover,merge']
     python tools/reproduce_llm_pruner.py --quick
 
-MODEL is a directory with a Hugging Face checkpoint. ``--quick`` takes stories260K of ``shared`` and
-TinyStories in the place of WikiText-2 and PTB; that takes minutes. Perplexities follow the paper's
+MODEL is a directory with a Hugging Face checkpoint. ``--quick`` takes stories260K of ``shared``, 100 windows of
+TinyStories and Shakespeare in the place of WikiText-2 and PTB, and a short recovery; that takes minutes. Perplexities follow the paper's
 protocol: samples joined by blank lines, windows of 128 tokens, no overlap. Calibration text is the
 validation part of WikiText-2, never what is measured on; scores take ten windows of 128 tokens as the
 paper does, repair takes all of them.
@@ -55,6 +55,7 @@ from irprune.pipeline.parser import parse
 
 SHARED = Path(os.environ.get("IRPRUNE_SHARED", "../shared"))
 SAMPLES, LENGTH = 10, 128
+QUICK_WINDOWS = 100
 TASKS = {
     **{name: f"zeroshot/{name}.jsonl" for name in ("boolq", "piqa", "winogrande", "arc_easy", "arc_challenge")},
     "hellaswag": "hellaswag/hellaswag_val_full.txt.bz2",
@@ -483,15 +484,21 @@ def main() -> None:
     parser.add_argument("--report", help="the page to write; the default is OUT/MODEL/results.md")
     parser.add_argument("--report-only", action="store_true", help="write the page from the cells that are there")
     parser.add_argument("--cells", default="*", help="patterns of cells to run, comma-separated")
-    parser.add_argument("--windows", type=int, help="windows of each text; all if not given")
+    parser.add_argument("--windows", type=int, help="windows of each text; all if not given, with --quick 100")
     parser.add_argument("--calibration", type=int, default=60, help="calibration windows for activations and repair")
     parser.add_argument("--tasks", type=int, default=0, help="documents of each zero-shot task; 0: none")
     parser.add_argument("--latency", action="store_true", help="export and time in onnxruntime")
-    parser.add_argument("--recovery", default="", help="passes that recover, as lora,recover,merge; without them nothing is tuned")
+    parser.add_argument(
+        "--recovery", default="", help="passes that recover, as lora,recover,merge; without them nothing is tuned, but with --quick"
+    )
     parser.add_argument("--best-recovery", default="", help="those of irprune's own recipe; the default is --recovery")
     options = parser.parse_args()
     if bool(options.model) == options.quick:
         parser.error("give a model or --quick")
+    if options.quick:
+        options.windows = options.windows or QUICK_WINDOWS
+        options.best_recovery = options.best_recovery or options.recovery or "recover{steps=24 lr=2e-3 logits=1}"
+        options.recovery = options.recovery or "lora,recover{steps=24 lr=2e-3},merge"
     bench = Bench(options)
     patterns = options.cells.split(",")
     wanted = list(cells(SETTINGS[options.quick], options.recovery, options.best_recovery or options.recovery))

@@ -445,7 +445,7 @@ def _table(names: Sequence[str], found: dict[str, dict[str, Any]], texts: Sequen
             out.append(f"| {first['title']} | " + " | ".join([first["error"], *[""] * (len(texts) + 3 + len(more))]) + " |")
             continue
         values = [_spread([cell[text] for cell in group], ".2f") for text in texts]
-        sizes = [f"{first['params'] / 1e6:.2f} M", f"{first['macs'] / 1e9:.3g} G", f"{first['bytes'] / 2**20:.0f}"]
+        sizes = [f"{first['params'] / 1e6:.2f} M", f"{first['macs'] / 1e9:.3g} G", f"{first['bytes'] / 2**20:.3g}"]
         extra = [_spread([cell[key] for cell in group if key in cell], ".3f" if key == "average" else ".1f") for key in more]
         paper = PAPER.get(name)
         said = " / ".join("" if value is None else f"{value:g}" for value in paper) if paper else ""

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from irprune.errors import ExportError
-from irprune.ir.program import Program, graph_module
+from irprune.ir.program import Program, graph_module, location
 from irprune.rules.registry import op_name
 
 
@@ -42,7 +42,7 @@ def in_real_pairs(program: Program) -> Program:
     written out by torch's own rules for them; one that these do not know stays, on numbers that are put together for it.
 
     Raises:
-        ExportError: An input or output is complex.
+        ExportError: An input or output is complex, or a complex tensor is computed in place.
     """
     if not any(_is_complex(node) for node in program.nodes):
         return program
@@ -119,6 +119,9 @@ class _Writer:
             return operands[0][node.args[1]]
         if _by_part(node):
             return self._twice(node)
+        if _writes(node):
+            text = f"operation '{op_name(node.target)}' writes complex numbers in place, which has no form in ONNX"
+            raise ExportError(text, where=f"%{node.name} ({location(node) or 'line unknown'})", hint="write x = x * y for x *= y")
         numbers = any(isinstance(leaf, complex) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
         # Torch's rules for complex numbers, then what the operation is composed of, then the operation itself.
         pairs = numbers or any(isinstance(one, _Pair) for one in operands)

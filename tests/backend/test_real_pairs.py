@@ -148,6 +148,13 @@ def test_complex_inputs_and_outputs_are_refused(what: str, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_a_complex_tensor_computed_in_place_is_refused() -> None:
+    """What else looks at the tensor would not see it."""
+    program, _ = traced(lambda x: flat(pairs(x).clone().mul_(2j)), ())
+    with pytest.raises(ExportError, match=r"test_real_pairs.py:\d+\): operation .aten::mul_. writes complex numbers in place"):
+        in_real_pairs(program)
+
+
 def test_hypot_of_numbers_whose_squares_leave_the_range() -> None:
     import numpy as np
     from onnxscript import evaluator

@@ -154,7 +154,7 @@ class Work:
         new = {name: tuple(tensor.shape) for name, tensor in self._tensors.items() if name in old}
         self.sizes = Sizes.between(old, new, {(name, axis): f for name in new for axis, f in self._factors(name)})
         self._lost()
-        outputs = program(*pytree.tree_map_only(torch.Tensor, torch.clone, program.interface.example[0]), **self._kwargs())
+        outputs = self.computed(program)
         self._want = dict(zip(program.interface.outputs, pytree.tree_leaves(outputs), strict=True))
 
     def _factors(self, name: str) -> Iterator[tuple[str, hf_config.Factors]]:
@@ -170,6 +170,9 @@ class Work:
             for place, factors in self._known.items():
                 self._sorted.setdefault(place[0], []).append((place, factors))
         return self._sorted
+
+    def _args(self) -> Any:
+        return pytree.tree_map_only(torch.Tensor, torch.clone, self.program.interface.example[0])
 
     def _kwargs(self) -> dict[str, Any]:
         return pytree.tree_map_only(torch.Tensor, torch.clone, dict(self.program.interface.example[1]))
@@ -397,11 +400,14 @@ class Work:
                 apart = difference(have, want)
                 yield name, apart.max_abs, apart.relative, TOLERANCE.get(want.dtype, 2e-4)
 
+    def computed(self, program: Program) -> Any:
+        """What a program gives on the example inputs."""
+        return program(*self._args(), **self._kwargs())
+
     def outputs(self, model: Any) -> Any:
         """What a model gives on the example inputs."""
-        args = pytree.tree_map_only(torch.Tensor, torch.clone, self.program.interface.example[0])
         with torch.no_grad():
-            return model(*args, **self._kwargs())
+            return model(*self._args(), **self._kwargs())
 
     def again(self, model: Any, folder: Path) -> Any:
         """The model of a directory."""

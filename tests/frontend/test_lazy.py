@@ -17,7 +17,7 @@ from irprune_passes.score import segments
 from safetensors.torch import load_file, save_file
 
 import irprune.api as api
-from irprune.backend import hf_export, stream
+from irprune.backend import hf_export, hf_resize, stream
 from irprune.backend.hf_config import factors_of
 from irprune.errors import DataError, OutputError, RecipeError, ResumeError, TargetError
 from irprune.ir import program as programs
@@ -379,3 +379,17 @@ def test_a_part_that_was_not_traced(kinds: str, options: dict[str, Any], pretrai
         assert has.shape == (12, 12)
         assert 0.01 < float(has.std()) < 0.03
     assert len(notes) == (kinds == NARROWER and "outputs" not in options)
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_a_lazy_export_in_half_precision_is_compared_in_float32(folder: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    transformers.LlamaForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(half, max_shard_size="10KB")
+    for lazy in (False, True):
+        api.run(f"hf:{half}", WRITTEN, out=tmp_path / f"lazy-{lazy}", lazy=lazy, dtype="auto")
+    whole, lazily = (tmp_path / f"lazy-{lazy}" / "hf" for lazy in (False, True))
+    assert load_file(whole / hf_resize.REFERENCE)["output.logits"].dtype == torch.bfloat16
+    assert load_file(lazily / hf_resize.REFERENCE)["output.logits"].dtype == torch.float32
+    model, same = api.load_pretrained(lazily), transformers.AutoModelForCausalLM.from_pretrained(whole)
+    assert model.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in model.state_dict().items())

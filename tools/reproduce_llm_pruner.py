@@ -208,8 +208,13 @@ class Bench:
 
     def lacks(self, known: dict[str, Any]) -> list[str]:
         """The columns that are asked for and that a cell does not have yet."""
-        asked = [*self.texts, *(["average"] if self.options.tasks else []), *(["latency_ms"] if self.options.latency else [])]
-        return [] if "error" in known else [column for column in asked if column not in known]
+        asked = [*self.texts, *(["average"] if self.options.tasks else [])]
+        lacking = [] if "error" in known else [column for column in asked if column not in known]
+        timed = "error" in known or ("shapes" in known and self._file(known["shapes"]).exists())
+        return lacking if timed or not self.options.latency else [*lacking, "latency_ms"]
+
+    def _file(self, shapes: str) -> Path:
+        return self.out / f"{shapes}.onnx"
 
     def run(self, cell: Cell, known: dict[str, Any]) -> dict[str, Any]:
         """One cell's pipeline and measures; of a cell that is known, those that it lacks."""
@@ -236,14 +241,25 @@ class Bench:
                 found[name] = perplexity(predict, self.tokens[name], LENGTH, self.options.windows, label=name).perplexity
         if "average" in lacking:
             found["tasks"], found["average"] = self._zero_shot(predict)
-        if "latency_ms" in lacking:
-            found["latency_ms"] = self._timed_before(shapes) or self._latency(program)
+        if self.options.latency and not self._file(shapes).exists():
+            from irprune.backend.onnx import export
+
+            export(program, self._file(shapes))
         return found
 
-    def _timed_before(self, shapes: str) -> float | None:
-        """The latency of a cell whose tensors have the same shapes: it is a property of those, not of their values."""
-        there = (json.loads(path.read_text()) for path in sorted(self.out.glob("*.json")))
-        return next((cell["latency_ms"] for cell in there if cell.get("shapes") == shapes and "latency_ms" in cell), None)
+    def latencies(self) -> dict[str, float]:
+        """Milliseconds of a prompt by the shapes of a program's tensors: all of them in turn, so that the machine is the same for all."""
+        from irprune.backend.runtime import opened
+
+        sessions = {path.stem: opened(path, threads=1, provider="cpu")[0] for path in sorted(self.out.glob("*.onnx"))}
+        ids = np.random.default_rng(0).integers(0, 1000, (1, 64)) % int(self.tokens[next(iter(self.tokens))].max())
+        times: dict[str, list[float]] = {shapes: [] for shapes in sessions}
+        for _ in range(22):
+            for shapes, session in sessions.items():
+                start = time.process_time()  # on one thread; other work on the machine is not counted
+                session.run(None, {session.get_inputs()[0].name: ids})
+                times[shapes].append(1000 * (time.process_time() - start))
+        return {shapes: statistics.median(found[2:]) for shapes, found in times.items()}
 
     def _piped(self, cell: Cell) -> tuple[Program, dict[str, float]]:
         """The pipeline's program, and the seconds of each pass."""
@@ -260,24 +276,6 @@ class Bench:
         tasks = {name: documents(SHARED / "data" / path) for name, path in TASKS.items()}
         measured = accuracy(predict, self.tokenizer, tasks, limit=self.options.tasks)
         return {name: one.acc if one.acc_norm is None else one.acc_norm for name, one in measured.items()}, averages(measured)["acc_norm"]
-
-    def _latency(self, program: Program) -> float:
-        import tempfile
-
-        from irprune.backend.onnx import export
-        from irprune.backend.runtime import opened
-
-        with tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
-            file = export(program, Path(scratch) / "model.onnx")
-            session, _ = opened(file.path, threads=1, provider="cpu")
-            ids = np.random.default_rng(0).integers(0, 1000, (1, 64)) % int(self.tokens[next(iter(self.tokens))].max())
-            feed = {session.get_inputs()[0].name: ids}
-            times = []
-            for _ in range(22):
-                start = time.process_time()  # on one thread; other work on the machine is not counted
-                session.run(None, feed)
-                times.append(1000 * (time.process_time() - start))
-        return statistics.median(times[2:])
 
 
 class _Apart(Study):
@@ -369,7 +367,9 @@ def _beside(bench: Bench, found: dict[str, dict[str, Any]]) -> Iterator[str]:
             f"deviation of it is up to {error:.3f}, so that smaller differences say nothing."
         )
     if any("latency_ms" in cell for cell in found.values()):
-        said.append("onnxruntime: the median processor time of a prompt of 64 tokens on one thread; lines of equal shapes share it.")
+        said.append(
+            "onnxruntime: the median processor time of a prompt of 64 tokens on one thread, all shapes in turn; equal shapes share it."
+        )
     seeds = [cell for name, cell in found.items() if "-random" in name]
     if said and 0 < sum("average" in cell for cell in seeds) < len(seeds):
         said.append("Random criteria: these columns of one seed.")
@@ -516,6 +516,14 @@ def main() -> None:
         write_text(path, json.dumps(found, indent=2) + "\n")
         said = found.get("error") or ", ".join(f"{name} {found[name]:.2f}" for name in bench.texts)
         print(f"{cell.name}: {said}", flush=True)
+    if options.latency and not options.report_only:
+        if bench.program is None:
+            bench.load()
+        timed = bench.latencies()
+        for path in bench.out.glob("*.json"):
+            found = json.loads(path.read_text())
+            if found.get("shapes") in timed:
+                write_text(path, json.dumps({**found, "latency_ms": timed[found["shapes"]]}, indent=2) + "\n")
     there = {cell.name: found for cell in wanted if (found := _known(bench.out / f"{cell.name}.json", cell))}
     command = _command(sys.argv[1:])
     report = Path(options.report) if options.report else bench.out / "results.md"

@@ -28,6 +28,7 @@ from irprune.pipeline.progress import track
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK = 8 * 2**20
 _FLUSH = 64 * 2**20  # so much is written between two flushes
+_PIECE = 2**18  # for more at once Linux looks for pages of a megabyte and more, which can take several times as long as the write
 _AHEAD = 3  # so many blocks are read before they are written
 # Names of the safetensors format.
 _DTYPES = {
@@ -213,4 +214,4 @@ def _shard(path: Path, part: Sequence[Entry], done: _Ahead) -> str:
 
 def _write_all(descriptor: int, data: memoryview) -> None:
     while data:
-        data = data[os.write(descriptor, data) :]
+        data = data[os.write(descriptor, data[:_PIECE]) :]

@@ -324,7 +324,7 @@ def tables(bench: Bench, found: dict[str, dict[str, Any]], wanted: Sequence[str]
         "",
         f"LLM-Pruner's comparison (arXiv 2305.11627) on {bench.name}, and irprune's own recipe. Written by",
         "",
-        "<!-- not run: it takes an hour and data that is not part of the project -->",
+        "<!-- not run: it takes hours, and data that is not part of the project -->",
         "```console",
         f"$ {command}",
         "```",

@@ -142,6 +142,7 @@ def quantised(file: OnnxFile, path: Path, program: Program, *, most: float = 0.1
                     nodes_to_exclude=[*coarse, *(f"{name}_MatMul" for name in coarse)],  # what it makes of a Gemm
                     per_channel=True,
                     weight_type=QuantType.QInt8,
+                    reduce_range=True,  # processors without VNNI add two products in 16 bits, which overflow with weights of eight
                     extra_options={"MatMulConstBOnly": True},
                 )
                 smaller = onnx_ir.from_proto(onnx.load(scratch))

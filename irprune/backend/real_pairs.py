@@ -252,7 +252,8 @@ def _by_part(node: fx.Node) -> bool:
     operands = [_is_complex(operand) for operand in node.all_input_nodes if isinstance(operand.meta.get("val"), torch.Tensor)]
     if schema is None or not _is_complex(node) or not operands or not all(operands):
         return False
-    views = not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
+    casts = any(isinstance(leaf, torch.dtype) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
+    views = not casts and not schema.is_mutable and any(result.alias_info is not None for result in schema.returns)
     return name == "aten::copy_" or (views and "conj" not in name)
 
 

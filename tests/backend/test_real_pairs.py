@@ -65,6 +65,7 @@ WRITTEN_OUT: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "convolution": (lambda x, w: flat(F.conv1d(pairs(x).mT, w, padding=1).mT), (drawn(HALF, HALF, 3),)),
     "made of two": (lambda x: flat(torch.complex(x[..., :HALF], x[..., HALF:])), ()),
     "real to complex": (lambda x, w: (x.to(torch.complex64) @ w).real, (drawn(WIDTH, WIDTH),)),
+    "double precision and back": (lambda x: flat(pairs(x).to(torch.complex128).conj().to(torch.complex64)), ()),
     "complex number": (lambda x: torch.exp(0.5j * x).real + (x * (2 + 1j)).imag, ()),
     "several results": (lambda x: torch.stack([one.abs() for one in pairs(x).unbind(-1)] * 2, -1), ()),
     "parts, angle, conjugate": (lambda x: torch.cat([pairs(x).conj().angle(), pairs(x).conj().imag], -1), ()),

@@ -371,8 +371,9 @@ def _beside(bench: Bench, found: dict[str, dict[str, Any]]) -> Iterator[str]:
             "onnxruntime: the median processor time of a prompt of 64 tokens on one thread, all shapes in turn; equal shapes share it."
         )
     seeds = [cell for name, cell in found.items() if "-random" in name]
-    if said and 0 < sum("average" in cell for cell in seeds) < len(seeds):
-        said.append("Random criteria: these columns of one seed.")
+    measured = sorted({cell["seed"] for cell in seeds if "average" in cell})
+    if said and 0 < len(measured) < len({cell["seed"] for cell in seeds}):
+        said.append(f"Random criteria: these columns for seed {', '.join(map(str, measured))}.")
     if said and any("average" not in cell for cell in found.values() if cell not in seeds and "error" not in cell):
         said.append("Lines without these columns' values were not measured so.")
     if said:

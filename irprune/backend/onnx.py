@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 import irprune
 from irprune.backend.archive import to_exported
 from irprune.backend.onnx_ops import as_it_is, divided, quick_rules, renamed, translations
+from irprune.backend.real_pairs import in_real_pairs
 from irprune.errors import ExportError, IrpruneError
 from irprune.ir.facts import Note
 from irprune.ir.program import Program, copied, location
@@ -203,8 +204,6 @@ def convert(program: Program, *, opset: int | None = None, optimize: bool = True
     if meta is not None:
         raise ExportError(f"the weight '{meta}' has no data (meta device)", hint="load the model with its weights, or leave out 'export'")
     opset = opset or (23 if any(tensor.dtype == torch.bfloat16 for tensor in program.tensors.values()) else 20)
-    from irprune.backend.real_pairs import in_real_pairs
-
     with _quiet():
         flat = in_real_pairs(flattened(program, Signature.of(program)))
         renamed(flat.module.graph)

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from irprune.ir.program import writes
 from irprune.rules.registry import bind, op_name
 
 if TYPE_CHECKING:
@@ -129,10 +130,8 @@ def as_it_is(program: ExportedProgram) -> ExportedProgram:
     A program that writes nothing in place and calls only what the exporter knows stays what it was.
     """
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-    known, schemas = _known(), [getattr(node.target, "_schema", None) for node in nodes]
-    if all(known(node.target) or op_name(node.target) in TRANSLATIONS for node in nodes) and not any(
-        schema is not None and schema.is_mutable for schema in schemas
-    ):
+    known = _known()
+    if all((known(node.target) or op_name(node.target) in TRANSLATIONS) and not writes(node) for node in nodes):
         program.run_decompositions = lambda *_: program  # type: ignore[method-assign, assignment]
     return program
 

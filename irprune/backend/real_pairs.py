@@ -23,8 +23,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from irprune.errors import ExportError
-from irprune.ir.program import Program, graph_module, location
+from irprune.ir.program import Program, graph_module, location, writes
 from irprune.rules.registry import op_name
+
+_PARTS = ("real", "imag")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def in_real_pairs(program: Program) -> Program:
     mode = next(node.meta["val"].fake_mode for node in program.nodes if isinstance(node.meta.get("val"), FakeTensor))
     writer = _Writer(program.tensors, mode)
     writer.write(program.module.graph, program.tensors)
-    writer.graph.eliminate_dead_code(is_impure_node=_stays)  # what was begun before a rule was found wanting
+    writer.graph.eliminate_dead_code()  # what was begun before a rule was found wanting
     writer.graph.set_codegen(program.module.graph._codegen)
     module = graph_module({**program.tensors, **writer.made}, writer.graph)
     return dataclasses.replace(program, module=module, types=None, infer=None)
@@ -101,16 +103,18 @@ class _Writer:
 
     def _held(self, node: fx.Node, tensor: torch.Tensor) -> Any:
         """A tensor of the new graph's own, or two in the place of a complex one."""
-        nodes = []
-        for part in ("real", "imag") if tensor.is_complex() else ("value",):
-            name = f"{node.target}_{part}"
-            while name in self.made or name in self._tensors:
-                name += "_"
-            halve = functools.partial(_half, part=part)
-            self.made[name] = halve(tensor.detach().resolve_conj())
-            nodes.append(self.graph.get_attr(name))
-            nodes[-1].meta = {**node.meta, "val": halve(node.meta["val"])}
-        return _Pair(*nodes) if tensor.is_complex() else nodes[0]
+        if not tensor.is_complex():
+            return self._named(node, f"{node.target}_value", tensor, node.meta["val"])
+        whole = tensor.detach().resolve_conj()
+        return _Pair(*(self._named(node, f"{node.target}_{part}", _half(whole, part), _half(node.meta["val"], part)) for part in _PARTS))
+
+    def _named(self, like: fx.Node, name: str, tensor: torch.Tensor, value: torch.Tensor) -> fx.Node:
+        while name in self.made or name in self._tensors:
+            name += "_"
+        self.made[name] = tensor
+        node = self.graph.get_attr(name)
+        node.meta = {**like.meta, "val": value}
+        return node
 
     def _result(self, node: fx.Node) -> Any:
         """What an operation gives that reads or gives complex values."""
@@ -119,26 +123,26 @@ class _Writer:
             return operands[0][node.args[1]]
         if _by_part(node):
             return self._twice(node)
-        if _writes(node):
+        if writes(node):
             text = f"operation '{op_name(node.target)}' writes complex numbers in place, which has no form in ONNX"
             raise ExportError(text, where=f"%{node.name} ({location(node) or 'line unknown'})", hint="write x = x * y for x *= y")
         numbers = any(isinstance(leaf, complex) for leaf in pytree.tree_leaves((node.args, node.kwargs)))
         # Torch's rules for complex numbers, then what the operation is composed of, then the operation itself.
         pairs = numbers or any(isinstance(one, _Pair) for one in operands)
         for whole in (ComplexTensor, torch.complex) if pairs or self._made(node) is not None else (torch.complex,):
-            with contextlib.suppress(NotImplementedError, TypeError, RuntimeError):
-                return self._inlined(node, whole)
+            with contextlib.suppress(TypeError, RuntimeError):  # how torch says that it has no rule
+                found = self._inlined(node, whole)
+                if found is not None:
+                    return found
         return self._kept(node)
 
     def _inlined(self, node: fx.Node, whole: Callable[..., torch.Tensor]) -> Any:
-        """An operation traced on its operands, the complex ones of a type, and the trace in its place."""
+        """An operation traced on its operands, the complex ones of a type, and the trace put here; ``None`` where it writes in place."""
         operands = list(node.all_input_nodes)
         leaves, spec = pytree.tree_flatten(
             [[self._env[one].real, self._env[one].imag] if _is_complex(one) else self._env[one] for one in operands]
         )
-        pairs = list[bool]()
-
-        made = self._made(node)
+        pairs, made = list[bool](), self._made(node)
 
         def run(*values: Any) -> list[torch.Tensor]:
             known = dict(zip(operands, pytree.tree_unflatten(list(values), spec), strict=True))
@@ -155,9 +159,9 @@ class _Writer:
         rules: Any = {node.target: decomposition_table[node.target]} if node.target in decomposition_table else {}
         with self._mode:
             traced = make_fx(run, rules if whole is torch.complex else {}, tracing_mode="symbolic")(*values)
-        if any(_writes(one) for one in traced.graph.nodes):
-            raise NotImplementedError(f"{node.target} is composed of writes in place")
-        traced.graph.eliminate_dead_code(is_impure_node=_stays)
+        if any(writes(one) for one in traced.graph.nodes):
+            return None
+        traced.graph.eliminate_dead_code()
         self._env.update(zip(traced.graph.find_nodes(op="placeholder"), leaves, strict=True))
         self.write(traced.graph, {**dict(traced.named_buffers()), **dict(traced.named_parameters())}, node)
         results: Any = traced.graph.output_node().args[0]
@@ -168,7 +172,7 @@ class _Writer:
     def _twice(self, node: fx.Node) -> Any:
         """The same operation on each part: views stay views, so that what is written to one is seen by the others."""
         halves = []
-        for part in ("real", "imag"):
+        for part in _PARTS:
             halves.append(self.graph.node_copy(node, functools.partial(self._part, part=part)))
             if "dtype" in node.kwargs:
                 halves[-1].update_kwarg("dtype", node.meta["val"].dtype.to_real())
@@ -201,7 +205,7 @@ class _Writer:
         """The operation itself, on complex numbers that are put together for it."""
 
         def operand(one: fx.Node) -> fx.Node:
-            parts = [self._part(one, part) for part in ("real", "imag")]
+            parts = [self._part(one, part) for part in _PARTS]
             return self._added(node, torch.ops.aten.complex.default, *parts) if _is_complex(one) else parts[0]
 
         def parts(one: fx.Node) -> Any:
@@ -232,16 +236,8 @@ def _is_complex(node: fx.Node) -> bool:
 
 
 def _half(tensor: torch.Tensor, part: str) -> torch.Tensor:
-    return tensor if part == "value" else getattr(tensor, part).contiguous()
-
-
-def _stays(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "output") or _writes(node)
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
+    half: torch.Tensor = getattr(tensor, part).contiguous()
+    return half
 
 
 def _by_part(node: fx.Node) -> bool:

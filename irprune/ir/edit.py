@@ -11,7 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from irprune.ir.program import Program
+from irprune.ir.program import Program, writes
 
 
 class Editor:
@@ -57,8 +57,7 @@ class Editor:
 
         # torch's own removal keeps what draws random numbers.
         for node in reversed(list(self.graph.nodes)):
-            schema = getattr(node.target, "_schema", None)
-            if node.op == "call_function" and not node.users and not (schema is not None and schema.is_mutable):
+            if node.op == "call_function" and not node.users and not writes(node):
                 self.graph.erase_node(node)
         self.graph.eliminate_dead_code()
         return typed(self._program.with_graph(self.graph))

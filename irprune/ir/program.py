@@ -377,6 +377,12 @@ def set_tensor(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
         setattr(owner, leaf, value)
 
 
+def writes(node: fx.Node) -> bool:
+    """Whether an operation writes to one of its operands."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
 def location(node: fx.Node) -> str | None:
     """``file:line`` of the user's model that an operation comes from, if the trace knows it."""
     trace = node.meta.get("stack_trace")

@@ -19,7 +19,7 @@ from torch import fx
 
 from irprune.analysis.cost import hints
 from irprune.ir.dims import as_size
-from irprune.ir.program import Program, Runner
+from irprune.ir.program import Program, Runner, writes
 
 RESIDENT = 256 * 2**20
 Fold = Callable[[str, torch.Tensor], None]
@@ -61,7 +61,7 @@ def segments(program: Program, resident: int = RESIDENT) -> list[Segment]:
         for cut in range(first + 1, min(last, len(nodes) - 1) + 1):
             crossing[cut] += size
     for node in nodes:
-        if _writes(node):
+        if writes(node):
             origin = _origin(node)
             for cut in range(place.get(origin, -1) + 1, place[node] + 1):
                 whole[cut] = True
@@ -115,11 +115,6 @@ def _bytes(node: fx.Node, known: Mapping[Any, int]) -> int:
                 size = size * (found if isinstance(found, int) else found.subs(known))
             total += int(size)
     return total
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema is not None and schema.is_mutable)
 
 
 def _origin(node: fx.Node) -> fx.Node:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from irprune.backend import hf_resize, stream
 from irprune.backend.hf_export import Work, caches_as
-from irprune.backend.proof import Run, may_widen, widened
+from irprune.backend.proof import Run, flat_inputs, wide_inputs
 from irprune.backend.source import Stored, stored
 from irprune.backend.stream import Entry
 from irprune.ir.program import Program, digest_tensors
@@ -128,9 +128,8 @@ class Streamed(Work):
     def computed(self, program: Program) -> Any:
         """In float32 where the weights have half precision: the comparison sees more, and a processor is faster at it."""
         kwargs = self._kwargs()
-        flat = pytree.tree_leaves((self._args(), {name: kwargs[name] for name in program.interface.example[1]}))
-        wide = may_widen(program, flat)
-        flat = [leaf.to(widened(leaf.dtype)) if wide and isinstance(leaf, torch.Tensor) else leaf for leaf in flat]
+        named = {name: kwargs[name] for name in program.interface.example[1]}
+        flat, wide = wide_inputs(program, flat_inputs(program, self._args(), named))
         with torch.no_grad():
             found = Run(program, wide).run(*flat, enable_io_processing=False)
         return program.module.graph.process_outputs(found)

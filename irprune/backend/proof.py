@@ -121,6 +121,12 @@ def may_widen(program: Program, flat: list[Any]) -> bool:
     return any(tensor.dtype is not widened(tensor.dtype) for tensor in held) and not any(node.target in fixed for node in program.nodes)
 
 
+def wide_inputs(program: Program, flat: list[Any]) -> tuple[list[Any], bool]:
+    """Flat inputs for a :class:`Run`, and whether it is to be wide: where the program has half precision and may be widened."""
+    wide = may_widen(program, flat)
+    return [value.to(widened(value.dtype)) if wide and isinstance(value, torch.Tensor) else value for value in flat], wide
+
+
 class Masked(Run):
     """The original program at full size under a plan: the reference that a removal must equal."""
 
@@ -445,9 +451,7 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
     programs compute the same sums in another order.
     """
     args, kwargs = before.interface.example
-    flat = _varied(flat_inputs(before, args, kwargs), seed)
-    wide = may_widen(before, flat)
-    flat = [value.to(widened(value.dtype)) if wide and isinstance(value, torch.Tensor) else value for value in flat]
+    flat, wide = wide_inputs(before, _varied(flat_inputs(before, args, kwargs), seed))
     flat, renumbered = renumber(before, keep, flat)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

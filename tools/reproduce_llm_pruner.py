@@ -30,7 +30,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,6 +270,12 @@ class Bench:
         program, _ = manager.run(parse(cell.pipeline), self.program, [*facts, Original(self.program)], [timing])
         return program, {step.of.name: step.seconds for step in timing.steps}
 
+    def chance(self, tasks: Iterable[str]) -> float:
+        """What choosing blindly comes to in the documents that are asked, the mean over the tasks."""
+        from irprune.evaluate.tasks import chance, documents
+
+        return statistics.fmean(chance(documents(SHARED / "data" / TASKS[name])[: self.options.tasks]) for name in tasks)
+
     def _zero_shot(self, predict: Predictor) -> tuple[dict[str, float], float]:
         from irprune.evaluate.tasks import accuracy, averages, documents
 
@@ -364,7 +370,8 @@ def _beside(bench: Bench, found: dict[str, dict[str, Any]]) -> Iterator[str]:
         error = 0.5 / (len(tasks) * bench.options.tasks) ** 0.5
         said.append(
             f"Zero-shot: the mean accuracy of {', '.join(tasks)}, the first {bench.options.tasks} documents of each; one standard "
-            f"deviation of it is up to {error:.3f}, so that smaller differences say nothing."
+            f"deviation of it is up to {error:.3f}, so that smaller differences say nothing. Choosing blindly comes to "
+            f"{bench.chance(tasks):.3f}."
         )
     if any("latency_ms" in cell for cell in found.values()):
         said.append(

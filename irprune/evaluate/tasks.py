@@ -44,12 +44,14 @@ class Accuracy:
             ``None`` where all choices of a document are continued by the same text.
         stderr: Standard error of ``acc``; ``None`` for a single document.
         documents: Number of documents.
+        chance: What choosing blindly comes to.
     """
 
     acc: float
     acc_norm: float | None
     stderr: float | None
     documents: int
+    chance: float
 
 
 def accuracy(
@@ -82,14 +84,23 @@ def accuracy(
         said = {key.partition(",")[0]: value for key, value in results[name].items()}
         count = len(found) if limit is None else min(limit, len(found))
         error = said["acc_stderr"] if count > 1 else None
-        out[name] = Accuracy(float(said["acc"]), said.get("acc_norm"), error, count)
+        out[name] = Accuracy(float(said["acc"]), said.get("acc_norm"), error, count, chance(found[:count]))
     return out
 
 
+def chance(found: Sequence[Document]) -> float:
+    """The accuracy of choosing blindly: the mean over the documents of one divided by the number of choices."""
+    return sum(1 / len(one["choices" if "query" in one else "context_options"]) for one in found) / len(found)
+
+
 def averages(of: Mapping[str, Accuracy]) -> dict[str, float]:
-    """The plain means over the tasks: of ``acc``, and of ``acc_norm`` (of ``acc`` where a task has none)."""
-    norm = [one.acc if one.acc_norm is None else one.acc_norm for one in of.values()]
-    return {"acc": sum(one.acc for one in of.values()) / len(of), "acc_norm": sum(norm) / len(of)} if of else {}
+    """The plain means over the tasks: of ``acc``, of ``acc_norm`` (of ``acc`` where a task has none) and of ``chance``."""
+    columns = {
+        "acc": [one.acc for one in of.values()],
+        "acc_norm": [one.acc if one.acc_norm is None else one.acc_norm for one in of.values()],
+        "chance": [one.chance for one in of.values()],
+    }
+    return {name: sum(values) / len(of) for name, values in columns.items()} if of else {}
 
 
 def likelihoods(

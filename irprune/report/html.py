@@ -312,7 +312,8 @@ def evaluation_figures(found: Mapping[str, Any]) -> dict[str, float]:
         out[f"{name} acc"] = float(one["acc"])
         if one.get("acc_norm") is not None:
             out[f"{name} acc_norm"] = float(one["acc_norm"])
-    out.update({f"average {name}": float(value) for name, value in found.get("average", {}).items() if len(found["tasks"]) > 1})
+    average = {name: float(value) for name, value in found.get("average", {}).items() if name != "chance"}
+    out.update({f"average {name}": value for name, value in average.items() if len(found["tasks"]) > 1})
     return out
 
 

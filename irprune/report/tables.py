@@ -140,13 +140,13 @@ def evaluation_table(of: Evaluation) -> Table:
     for name, text in of.texts.items():
         rows.append({"": name, "perplexity": f"{text.perplexity:,.4g}", "measured on": f"{text.windows:,} x {text.window} tokens"})
     for name, task in of.tasks.items():
-        row = {"": name, "acc": f"{task.acc:.4f}", "measured on": f"{task.documents:,} documents"}
+        row = {"": name, "acc": f"{task.acc:.4f}", "chance": f"{task.chance:.4f}", "measured on": f"{task.documents:,} documents"}
         rows.append(row | ({} if task.acc_norm is None else {"acc_norm": f"{task.acc_norm:.4f}"}))
         rows[-1] |= {} if task.stderr is None else {"±": f"{task.stderr:.4f}"}
     if len(of.tasks) > 1:
         means = {name: f"{mean:.4f}" for name, mean in averages(of.tasks).items()}
         rows.append({"": "average", **means, "measured on": f"{len(of.tasks)} tasks"})
-    columns = [name for name in ("perplexity", "acc", "acc_norm", "±", "measured on") if any(name in row for row in rows)]
+    columns = [name for name in ("perplexity", "acc", "acc_norm", "±", "chance", "measured on") if any(name in row for row in rows)]
     table = table_of("", *((name, "right") for name in columns))
     for row in rows:
         table.add_row(*(escape(row.get(name, "")) for name in ("", *columns)))

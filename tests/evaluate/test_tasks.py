@@ -144,8 +144,8 @@ def test_likelihoods_are_those_of_the_model(program: Program, tokenizer: Any) ->
 
 
 def test_averages() -> None:
-    tasks = {"a": Accuracy(0.5, 0.75, 0.1, 4), "b": Accuracy(0.25, None, 0.1, 4)}
-    assert averages(tasks) == {"acc": 0.375, "acc_norm": 0.5}
+    tasks = {"a": Accuracy(0.5, 0.75, 0.1, 4, 0.5), "b": Accuracy(0.25, None, 0.1, 4, 0.25)}
+    assert averages(tasks) == {"acc": 0.375, "acc_norm": 0.5, "chance": 0.375}
     assert averages({}) == {}
 
 
@@ -180,6 +180,7 @@ def test_accuracy_with_lm_eval(program: Program, run: Path, tokenizer: Any) -> N
     assert found["choices"].acc == pytest.approx(sum(acc) / 3)
     assert found["choices"].acc_norm == pytest.approx(sum(norm) / 3)
     assert found["choices"].documents == 3
+    assert [found[name].chance for name in ("choices", "schema")] == pytest.approx([(1 / 2 + 1 / 2 + 1 / 3) / 3, 0.5])
     assert (found["schema"].acc, found["schema"].acc_norm) == (pytest.approx(sum(after) / 2), None)
     tasks = {"choices": CHOICES, "schema": SCHEMA}
     pruned = [accuracy(each, tokenizer, tasks) for each in (Predictor.archive(run / "model.pt2"), Predictor.onnx(run / "model.onnx"))]

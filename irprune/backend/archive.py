@@ -33,6 +33,7 @@ from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
 from irprune.errors import DataError, ParityError
+from irprune.ir.fake import mode_of
 from irprune.ir.program import Program, copied
 from irprune.pipeline.files import atomic
 
@@ -83,7 +84,8 @@ def _argument(node: fx.Node, value: Any) -> TensorArgument | SymIntArgument | Co
 def _lift(program: Program, graph: fx.Graph) -> list[InputSpec]:
     """Put a placeholder in place of every parameter and buffer, before those of the user."""
     specs = []
-    mode = next(node.meta["val"].fake_mode for node in graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
+    mode = mode_of(graph.nodes)
+    assert mode is not None
     with graph.inserting_before(next(iter(graph.nodes))):
         for name, tensor in program.tensors.items():
             kind, prefix = (InputKind.PARAMETER, "p") if program.is_parameter(name) else (InputKind.BUFFER, "b")

@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from irprune.ir.facts import Note, Pretrained
 from irprune.ir.program import Program
 from irprune.pipeline.files import PART, checksum, flush, readable, remove, unwritable
 from irprune.pipeline.progress import doing
+from irprune.quiet import quiet_transformers
 
 Layout = Literal["auto", "plain", "resized"]
 SAMPLES = 4096
@@ -104,7 +104,7 @@ def export(
     """
     if not program.has_data:
         raise ExportError("the program has no weights", where=str(folder), hint="leave out meta=true")
-    with _quiet(), doing("Hugging Face checkpoint"):
+    with quiet_transformers(), doing("Hugging Face checkpoint"):
         work = _worker(program)(program, original, source, known or {})
         model, reason = (None, None) if layout == "resized" else work.plain()
         if model is None and layout == "plain":
@@ -529,21 +529,3 @@ def _replacing(folder: Path, progress: Path | None = None) -> Iterator[Path]:
     finally:
         if part is not None and progress is None:
             shutil.rmtree(part, ignore_errors=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, warnings and advice."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -10,9 +10,7 @@ import dataclasses
 import itertools
 import logging
 import traceback
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import fx
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
@@ -30,8 +27,10 @@ from irprune.backend.onnx_ops import as_it_is, divided, quick_rules, renamed, tr
 from irprune.backend.real_pairs import in_real_pairs
 from irprune.errors import ExportError, IrpruneError
 from irprune.ir.facts import Note
+from irprune.ir.fake import mode_of
 from irprune.ir.program import Program, copied, location
 from irprune.pipeline.files import atomic
+from irprune.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -204,7 +203,7 @@ def convert(program: Program, *, opset: int | None = None, optimize: bool = True
     if meta is not None:
         raise ExportError(f"the weight '{meta}' has no data (meta device)", hint="load the model with its weights, or leave out 'export'")
     opset = opset or (23 if any(tensor.dtype == torch.bfloat16 for tensor in program.tensors.values()) else 20)
-    with _quiet():
+    with quiet(logging.ERROR):  # it warns of what is not installed and not needed; its errors come as exceptions
         flat = in_real_pairs(flattened(program, Signature.of(program)))
         renamed(flat.module.graph)
         try:
@@ -283,7 +282,8 @@ def flattened(program: Program, signature: Signature) -> Program:
         if argument.fixed:
             graph.erase_node(node)
     output = graph.output_node()
-    mode = next(node.meta["val"].fake_mode for node in graph.nodes if isinstance(node.meta.get("val"), FakeTensor))
+    mode = mode_of(graph.nodes)
+    assert mode is not None
 
     def derived(target: OpOverload, leaf: fx.Node, **kwargs: Any) -> fx.Node:
         value = program.tensors[str(leaf.target)] if leaf.op == "get_attr" else leaf.meta["val"]
@@ -341,19 +341,6 @@ def _unique(names: Iterable[str], taken: Iterable[str]) -> list[str]:
         used.add(unique)
         out.append(unique)
     return out
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter warns of what is not installed and not needed; its errors come as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _transposed_weights(model: onnx_ir.Model) -> dict[str, str]:

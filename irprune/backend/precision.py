@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +15,7 @@ from irprune.backend.onnx import OnnxFile, write
 from irprune.backend.runtime import dynamic_sizes, fresh_inputs, opened
 from irprune.errors import ExportError
 from irprune.ir.program import Program
+from irprune.quiet import quiet
 
 if TYPE_CHECKING:
     import onnx
@@ -35,7 +33,7 @@ def to_float16(model: onnx_ir.Model) -> onnx_ir.Model:
     """
     import onnx_ir
 
-    with _quiet():
+    with quiet():
         try:
             from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -129,7 +127,7 @@ def quantised(file: OnnxFile, path: Path, program: Program, *, most: float = 0.1
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     scratch = path.with_name(f".{path.name}")
-    with _quiet():
+    with quiet():
         try:
             model = onnx.load(file.path)
             del model.graph.value_info[:]
@@ -227,16 +225,3 @@ def _inputs(file: OnnxFile, program: Program) -> dict[str, torch.Tensor]:
         interface, sizes = found.program.interface, dynamic_sizes(found.program.interface)
         given = real_inputs(found, {found.sequence: sizes[found.sequence] + sizes[PAST], PAST: 0})
     return dict(zip(interface.inputs, pytree.tree_leaves(given), strict=True))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The converters log advice on how to prepare a model, and of what they leave alone."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from irprune.analysis.cost import hints
 from irprune.backend.rewrite import Shrink, shape_of
 from irprune.errors import ProofError
 from irprune.ir.dims import Mask, Size, Var, as_size
+from irprune.ir.fake import describing, mode_of
 from irprune.ir.program import Event, Program, Runner, location
 from irprune.rules.registry import bind, op_name, registry
 
@@ -380,9 +381,7 @@ def fake_values(program: Program) -> dict[str, Any]:
     if not any(tensor.is_meta for tensor in program.tensors.values()):
         return _run_nodes(program, flat_inputs(program, args, kwargs), real=True)
     placeholders = [node.meta.get("val") for node in program.nodes if node.op == "placeholder"]
-    symbolic = next(v.fake_mode for v in placeholders if isinstance(v, FakeTensor))
-    assert symbolic.shape_env is not None
-    with symbolic, symbolic.shape_env.suppress_guards(), enable_python_dispatcher():
+    with describing(mode_of(program.nodes)), enable_python_dispatcher():
         return _run_nodes(program, placeholders)
 
 

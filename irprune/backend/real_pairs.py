@@ -18,11 +18,12 @@ import torch
 from torch import fx
 from torch._decomp import decomposition_table
 from torch._subclasses.complex_tensor import ComplexTensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from irprune.errors import ExportError
+from irprune.ir.fake import mode_of
 from irprune.ir.program import Program, graph_module, location, writes
 from irprune.rules.registry import op_name
 
@@ -48,7 +49,8 @@ def in_real_pairs(program: Program) -> Program:
     """
     if not any(_is_complex(node) for node in program.nodes):
         return program
-    mode = next(node.meta["val"].fake_mode for node in program.nodes if isinstance(node.meta.get("val"), FakeTensor))
+    mode = mode_of(program.nodes)
+    assert mode is not None
     writer = _Writer(program.tensors, mode)
     writer.write(program.module.graph, program.tensors)
     writer.graph.eliminate_dead_code()  # what was begun before a rule was found wanting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import operator
 from collections.abc import Mapping
@@ -14,10 +13,9 @@ import numpy.typing as npt
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from irprune.ir.dims import Mask, Size, Term, Var, as_size, kept_size, mask_of, resolve, term_size, variables
+from irprune.ir.fake import describing, mode_of
 from irprune.ir.program import Axes, Program, Runner, Types, copied, graph_module
 from irprune.ir.sliced import Sliced
 from irprune.rules.infer import UNIFORM, inferred
@@ -349,8 +347,6 @@ def _describe(program: Program, new: Program, shrink: Shrink) -> None:
     Dynamic axes keep their symbols. That the predictions are right is for the proof to say.
     """
     types = program.typing
-    held = (v for node in program.nodes for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, FakeTensor))
-    mode = next((v.fake_mode for v in held), None)
     made: dict[Any, torch.Tensor] = {}
 
     def make(shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -365,8 +361,7 @@ def _describe(program: Program, new: Program, shrink: Shrink) -> None:
         sizes = [_scaled(size, shrink.share(term)) if shrink.touched(term) else size for size, term in zip(value.shape, axes, strict=True)]
         return make(tuple(sizes), value.dtype, value.device)
 
-    quiet = mode.shape_env.suppress_guards() if mode is not None and mode.shape_env is not None else contextlib.nullcontext()
-    with mode or torch.device("meta"), quiet, torch.no_grad():
+    with describing(mode_of(program.nodes)):
         for node in new.nodes:
             old = program.by_name.get(node.name)
             if node.op == "get_attr":

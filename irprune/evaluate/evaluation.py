@@ -17,6 +17,7 @@ from irprune.ir.program import Program
 from irprune.pipeline import manifest
 from irprune.pipeline.files import write_text
 from irprune.pipeline.progress import doing
+from irprune.quiet import quiet_transformers
 
 NAME = "evaluation.json"
 BACKENDS = ("auto", "torch", "onnx")
@@ -138,7 +139,7 @@ def tokenizer_of(target: str, given: str | None, **options: Any) -> Any:
         OptionError: The target names none, and none is given.
         TargetError: It cannot be loaded.
     """
-    from irprune.frontend.hf_checkpoint import Checkpoint, quiet, tokenizer_at
+    from irprune.frontend.hf_checkpoint import Checkpoint, tokenizer_at
 
     folder = Path(target)
     if folder.suffix == ".onnx" and (folder.parent / manifest.NAME).is_file():
@@ -146,7 +147,7 @@ def tokenizer_of(target: str, given: str | None, **options: Any) -> Any:
     if given is None and not target.startswith("hf:") and folder.is_dir():
         target = manifest.Manifest.read(folder).target
     code = bool(options.get("trust_remote_code"))
-    with quiet():
+    with quiet_transformers():
         if given is not None:
             found, reason = tokenizer_at(given.removeprefix("hf:"), code)
         elif target.startswith("hf:"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bz2
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import torch
 from irprune.errors import DataError, OptionError
 from irprune.evaluate.predictor import Predictor
 from irprune.pipeline.progress import track
+from irprune.quiet import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -299,13 +299,12 @@ def _task(harness: Any, name: str, found: Sequence[Document]) -> Any:
 @contextmanager
 def _quiet(harness: Any) -> Iterator[None]:
     """Without lm-eval's log and bars; ours are shown."""
-    before, bars = logging.root.manager.disable, harness.api.task.tqdm
-    logging.disable(logging.WARNING)
+    bars = harness.api.task.tqdm
     harness.api.task.tqdm = lambda items, **_: items
     try:
-        yield
+        with quiet():
+            yield
     finally:
-        logging.disable(before)
         harness.api.task.tqdm = bars
 
 

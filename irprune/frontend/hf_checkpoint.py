@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +13,6 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto import modeling_auto
-from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from irprune.backend.hf_resize import Resizing, check_files, resized
@@ -23,6 +20,7 @@ from irprune.backend.hf_stream import parameters_on_meta
 from irprune.errors import DataError, IrpruneError, TargetError
 from irprune.frontend import blame
 from irprune.frontend.objectives import Kind
+from irprune.quiet import quiet_transformers
 
 _TABLES: dict[Kind, tuple[str, ...]] = {
     "seq2seq-lm": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES"),
@@ -30,22 +28,6 @@ _TABLES: dict[Kind, tuple[str, ...]] = {
     "masked-lm": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES",),
     "encoder": ("MODEL_MAPPING_NAMES",),
 }
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars, warnings and advice."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def without_cache(config: Any) -> None:
@@ -285,7 +267,7 @@ def tokenizer_of(location: str) -> Any:
         raise DataError(
             "there is no tokenizer", where=location, hint="name the checkpoint's directory with --tokenizer, or give tokens with --ids"
         )
-    with quiet():
+    with quiet_transformers():
         try:
             return transformers.AutoTokenizer.from_pretrained(location, local_files_only=folder)
         except Exception as error:

@@ -15,9 +15,10 @@ from irprune.backend import hf_resize
 from irprune.backend.hf_resize import Resizing
 from irprune.errors import IrpruneError, TargetError
 from irprune.frontend import blame
-from irprune.frontend.hf_checkpoint import Checkpoint, quiet
+from irprune.frontend.hf_checkpoint import Checkpoint
 from irprune.ir.facts import Pretrained
 from irprune.ir.program import Program
+from irprune.quiet import quiet_transformers
 
 # Beside weights and configuration: what sentence-transformers reads, by name, in a directory.
 _SENTENCE = (
@@ -53,7 +54,7 @@ def load_pretrained(path: str | os.PathLike[str], *, verify: bool = True, trust_
     if trust_remote_code:
         options["trust_remote_code"] = True
     try:
-        with quiet():
+        with quiet_transformers():
             return hf_resize.load(folder, model_class, verify=verify, **options)
     except IrpruneError:
         raise
@@ -90,7 +91,7 @@ def _companions(model: Any, checkpoint: Checkpoint | None) -> Callable[[Path], l
                 notes.append(f"the generation settings of the checkpoint are not valid and were left out: {blame.first_line(error)}")
         if checkpoint is None:
             return notes
-        with quiet():
+        with quiet_transformers():
             for one in checkpoint.processors():
                 one.save_pretrained(str(folder))
         home = Path(checkpoint.location)

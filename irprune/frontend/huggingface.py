@@ -21,12 +21,13 @@ from irprune.errors import DataError, TargetError, TraceError
 from irprune.frontend import text
 from irprune.frontend.batches import Binding, counted, read
 from irprune.frontend.export import trace
-from irprune.frontend.hf_checkpoint import Checkpoint, Loading, quiet, without_cache
+from irprune.frontend.hf_checkpoint import Checkpoint, Loading, without_cache
 from irprune.frontend.hf_inputs import Reader
 from irprune.frontend.hf_pretrained import pretrained
 from irprune.frontend.objectives import Batch, Kind, Objective
 from irprune.ir.facts import Fact, Task
 from irprune.ir.program import Program
+from irprune.quiet import quiet_transformers
 
 _OUTPUTS = ("logits", "start_logits,end_logits", "logits_per_image", "last_hidden_state", "pooler_output")
 
@@ -87,7 +88,7 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
         TraceError: The model cannot be traced.
         DataError: Weights or calibration data cannot be used.
     """
-    with quiet():
+    with quiet_transformers():
         checkpoint = Checkpoint.find(target, options.revision, options.trust_remote_code)
         how: Loading = "meta" if options.meta else "lazy" if options.lazy else "whole"
         model, kind, notes = checkpoint.build(dtype=options.dtype, attention=options.attention, how=how, seed=seed)
@@ -103,7 +104,7 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
             rows, file = text.windows(tokenizer, given, reader.length, framed=reader.framed), None
     if rows is None and file is None and not reader.reads_text and not options.meta:
         notes.append("calibration inputs are noise; give real ones with --calibration FILE")
-    with quiet():
+    with quiet_transformers():
         retrace = functools.partial(_lazily, batch=options.batch, seed=seed, rows=rows, outputs=options.outputs)
         if how == "lazy":
             program = retrace(reader)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
+from irprune.ir.fake import describing, mode_of
 from irprune.ir.program import Program, writes
 
 
@@ -25,14 +22,13 @@ class Editor:
         self._program = program.clone()
         self.graph = self._program.module.graph
         self.nodes: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
-        held = (value for node in self.graph.nodes for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(value, FakeTensor))
-        self._mode = next((value.fake_mode for value in held), None)
+        self._mode = mode_of(self.graph.nodes)
 
     def tensor(self, name: str, value: torch.Tensor) -> fx.Node:
         """Register a parameter (or, for a plain tensor, a buffer) and give its node, at the place of insertion."""
         place(self._program.module, name, value)
         node = self.graph.get_attr(name)
-        with self._describing():
+        with describing(self._mode):
             node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
         return node
 
@@ -47,7 +43,7 @@ class Editor:
         node = self.graph.create_node("call_function", target, args, name=target._schema.name.rpartition("::")[2])
         if like is not None:
             node.meta.update({key: value for key, value in like.meta.items() if key != "val"})
-        with self._describing():
+        with describing(self._mode):
             node.meta["val"] = target(*fx.map_arg(args, lambda operand: operand.meta["val"]))
         return node
 
@@ -61,13 +57,6 @@ class Editor:
                 self.graph.erase_node(node)
         self.graph.eliminate_dead_code()
         return typed(self._program.with_graph(self.graph))
-
-    @contextlib.contextmanager
-    def _describing(self) -> Iterator[None]:
-        mode = self._mode
-        quiet = mode.shape_env.suppress_guards() if mode is not None and mode.shape_env is not None else contextlib.nullcontext()
-        with mode or torch.device("meta"), quiet, torch.no_grad():
-            yield
 
 
 def place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions as sympy_functions
 
+from irprune.ir.edit import place
+from irprune.ir.fake import describing, mode_of
 from irprune.ir.program import Applied, Program, attribute, graph_module
 from irprune.ir.sliced import Sliced
 
@@ -263,9 +264,6 @@ def _cut(source: Any, cuts: Iterable[Any], tensors: Mapping[str, torch.Tensor]) 
 def unpack(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], reference: Program) -> Program:
     """The untyped program of a snapshot; ``tensors`` must own their memory."""
     symbols = _symbols(reference)
-    fakes = (value for node in reference.nodes for value in pytree.tree_leaves(node.meta.get("val")))
-    mode = next((value.fake_mode for value in fakes if isinstance(value, FakeTensor)), None)
-    quiet = mode.shape_env.suppress_guards() if mode is not None and mode.shape_env is not None else contextlib.nullcontext()
     graph = fx.Graph()
     graph.set_codegen(reference.module.graph._codegen)
     made: dict[str, fx.Node] = {}
@@ -277,7 +275,7 @@ def unpack(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], referen
         sizes = [[_evaluated(each, symbols) for each in part] for part in (shape, stride)]
         return torch.empty_strided(*sizes, dtype=getattr(torch, dtype), device=device)
 
-    with mode or torch.device("meta"), quiet:
+    with describing(mode_of(reference.nodes)):
         for entry in data["nodes"]:
             target = _found(entry["target"]) if entry["op"] == "call_function" else entry["target"]
             args = decode(entry["args"], lambda _, name: made[name])
@@ -296,7 +294,7 @@ def unpack(data: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], referen
             made[node.name] = node
     root = torch.nn.Module()
     for name, held in data["tensors"].items():
-        _place(root, name, _tensor(held, name, tensors, reference))
+        place(root, name, _tensor(held, name, tensors, reference))
     provenance = tuple(Applied(text, seconds) for text, seconds in data["applied"])
     source = _cut(reference.source, data["cuts"], tensors)
     return Program(graph_module(root, graph), reference.interface, None, data["aliases"], provenance, source=source)
@@ -313,19 +311,6 @@ def _tensor(held: Mapping[str, Any], name: str, tensors: Mapping[str, torch.Tens
     if list(value.stride()) != held["stride"]:
         value = torch.empty_strided(value.shape, held["stride"], dtype=value.dtype).copy_(value)
     return torch.nn.Parameter(value, requires_grad=held["requires_grad"]) if held["kind"] == "parameter" else value
-
-
-def _place(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Register a tensor under a dotted name, with the containers that it needs."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if not hasattr(module, part):
-            module.add_module(part, torch.nn.Module())
-        module = getattr(module, part)
-    if isinstance(tensor, torch.nn.Parameter):
-        module.register_parameter(leaf, tensor)
-    else:
-        module.register_buffer(leaf, tensor)
 
 
 def texts(program: Program) -> Iterable[str]:

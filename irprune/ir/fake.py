@@ -1,0 +1,25 @@
+"""The mode in which a program's values are described: shapes and types, no data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+
+def mode_of(nodes: Iterable[fx.Node]) -> FakeTensorMode | None:
+    """The mode of the nodes' values; ``None`` where they are described on the meta device."""
+    values = (value for node in nodes for value in pytree.tree_leaves(node.meta.get("val")))
+    return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+@contextlib.contextmanager
+def describing(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Tensors made here have no data, and what is asked of symbolic sizes on the way leaves no guard."""
+    quiet = mode.shape_env.suppress_guards() if mode is not None and mode.shape_env is not None else contextlib.nullcontext()
+    with mode or torch.device("meta"), quiet, torch.no_grad():
+        yield

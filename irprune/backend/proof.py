@@ -443,11 +443,14 @@ def _flat_tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, seed: int = 0) -> dict[str, Any]:
+def prove_numbers(
+    before: Program, after: Program, keep: Mapping[Var, Mask], *, seed: int = 0, origins: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
     """The new program equals the masked original on the example inputs.
 
     The tolerance is relative to the largest value of each output and depends on its dtype; both
-    programs compute the same sums in another order.
+    programs compute the same sums in another order. ``origins`` are names of values of the new program
+    and of those of the old that they are now, where these are not their namesakes; ``None``: of none.
     """
     args, kwargs = before.interface.example
     flat, wide = wide_inputs(before, _varied(flat_inputs(before, args, kwargs), seed))
@@ -474,14 +477,14 @@ def prove_numbers(before: Program, after: Program, keep: Mapping[Var, Mask], *, 
         if gap.relative > tolerance:
             raise ProofError(
                 f"output {number} differs from the masked original by {gap.max_abs:.3g} (largest value {gap.scale:.3g}, "
-                f"allowed {tolerance * gap.scale:.3g}); {locate(before, after, keep, flat, seed, wide, renumbered)}",
+                f"allowed {tolerance * gap.scale:.3g}); {locate(before, after, keep, flat, seed, wide, renumbered, origins)}",
                 where="validation",
                 hint="the program is left as it was; an op rule is wrong: report this with the model",
             )
         if gap.max_abs >= worst:
             worst, scale, allowed = gap.max_abs, gap.scale, tolerance
     if all(_idle(expected) for expected in reference):
-        parted = locate(before, after, keep, flat, seed, wide, renumbered)
+        parted = locate(before, after, keep, flat, seed, wide, renumbered, origins)
         if parted != AGREED:
             raise ProofError(
                 f"the outputs do not depend on the inputs, so inner values were compared; {parted}",
@@ -591,6 +594,7 @@ def locate(
     seed: int,
     wide: bool = False,
     renumbered: list[Any] | None = None,
+    origins: Mapping[str, str | None] | None = None,
 ) -> str:
     """The first operation at which the two runs part, in words."""
     shrink = Shrink(before.typing, keep, hints(before))
@@ -612,13 +616,16 @@ def locate(
         record(Run)(after, wide).run(*(flat if renumbered is None else renumbered), enable_io_processing=False)
     ids = {node.name for node in before.nodes if before.typing.unlocked and not _is_float(node.meta.get("val"))}
     for node in after.nodes:
-        axes = before.typing.axes.get(node.name)
-        value, expected = values.get(node.name), full.get(node.name)
+        origin = (origins or {}).get(node.name, node.name)
+        if origin is None:
+            continue
+        axes = before.typing.axes.get(origin)
+        value, expected = values.get(node.name), full.get(origin)
         if not isinstance(axes, tuple) or not isinstance(value, torch.Tensor) or not isinstance(expected, torch.Tensor) or node.name in ids:
             continue
         expected = shrink.slice(expected, axes)
-        if (node.name, 0) in before.typing.points:
-            expected = shrink.renumbered(expected, before.typing.points[node.name, 0])
+        if (origin, 0) in before.typing.points:
+            expected = shrink.renumbered(expected, before.typing.points[origin, 0])
         if expected.shape != value.shape:
             return f"they part at %{node.name}: shapes {list(expected.shape)} and {list(value.shape)}"
         gap = difference(value, expected)
@@ -626,5 +633,6 @@ def locate(
             gone = ", ".join(sorted({str(var) for term in axes for var in shrink.counts if shrink.touched(term)}))
             place = location(node) or "generated"
             where = f"the tensor {node.target}" if node.op == "get_attr" else f"%{node.name} = {op_name(node.target)} ({place})"
-            return f"they part at {where}, off by {gap.max_abs:.3g}, along {gone or 'no pruned axis'}"
+            along = f", along {gone or 'no pruned axis'}" if keep else ""
+            return f"they part at {where}, off by {gap.max_abs:.3g}{along}"
     return AGREED

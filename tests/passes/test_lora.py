@@ -201,7 +201,19 @@ def test_a_wrong_merge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = trained(Lora(r=2).run(NETS["mlp"][0](), Facts()).program)
     right = type(adapters(adapted)[0]).delta
     monkeypatch.setattr(type(adapters(adapted)[0]), "delta", lambda self, program: 1.1 * right(self, program))
-    with pytest.raises(ProofError, match="differs"):
+    with pytest.raises(ProofError, match=r"differs .* they part at %linear = aten::linear"):
+        Merge().run(adapted, Facts())
+
+
+def test_a_merge_is_proven_where_no_output_depends_on_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = NETS["mlp"][0]().clone()
+    set_tensor(plain.module, "fc2.weight", torch.zeros(3, 8))
+    adapted = trained(Lora(r=2, targets="fc1").run(typed(plain), Facts()).program)
+    merged = Merge().run(adapted, Facts()).program
+    assert (merged.tensors["fc1.weight"] - plain.tensors["fc1.weight"]).abs().max() > 0.1
+    right = type(adapters(adapted)[0]).delta
+    monkeypatch.setattr(type(adapters(adapted)[0]), "delta", lambda self, program: 1.1 * right(self, program))
+    with pytest.raises(ProofError, match=r"do not depend on the inputs, .* they part at %linear = aten::linear"):
         Merge().run(adapted, Facts())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field
@@ -44,9 +45,12 @@ class Merge(Pass):
         if not found:
             raise PipelineError("the program has no adapters to merge", where="pass merge", hint="put `lora` and `recover` before it")
         edit = Editor(program)
+        origins: dict[str, str | None] = {}
         for adapter in found:
             for base, total in zip(adapter.site.bases, adapter.totals, strict=True):
                 edit.nodes[total].replace_all_uses_with(edit.nodes[base])
+                origins[base] = total
+            origins |= {node.name: None for node in edit.graph.find_nodes(op="get_attr", target=adapter.site.weight)}
         after = edit.done()
         exact = after.clone()
         for adapter in found:
@@ -57,14 +61,14 @@ class Merge(Pass):
         after = typed(after.clone())
         if self.prove:
             task = facts.get(Task)
-            _prove(program, after, exact, task.seed if task is not None else 0)
+            _prove(program, after, exact, task.seed if task is not None else 0, origins)
         return Result(after)
 
 
-def _prove(program: Program, after: Program, exact: Program, seed: int) -> None:
+def _prove(program: Program, after: Program, exact: Program, seed: int, origins: Mapping[str, str | None]) -> None:
     """Shapes and interface of the result, and its numbers before its weights are rounded to their type."""
     values = fake_values(after)
     prove_shapes(program, after, Shrink(program.typing, {}), values)
     prove_interface(program, after, values)
     if not any(tensor.is_meta for tensor in program.tensors.values()):
-        prove_numbers(program, exact, {}, seed=seed)
+        prove_numbers(program, exact, {}, seed=seed, origins=origins)

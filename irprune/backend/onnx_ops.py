@@ -112,13 +112,19 @@ def translations(nodes: Iterable[fx.Node]) -> dict[Any, Callable[..., Any]]:
 
 
 def renamed(graph: fx.Graph) -> None:
-    """Give operations that the exporter knows by another name that name, in place."""
+    """Give operations that the exporter knows by another name, or on one type of numbers only, that form, in place."""
     for node in graph.nodes:
         name = op_name(node.target) if node.op == "call_function" else ""
         if name == "aten::to":
             dtype = node.meta["val"].dtype
             node.args, node.kwargs = (bind(node.target, node.args, dict(node.kwargs))["self"],), {"dtype": dtype}
             node.target = torch.ops.aten._to_copy.default
+        elif node.target is torch.ops.aten.rsub.Scalar and node.args[0].meta["val"].dtype != node.meta["val"].dtype:
+            # 1.0 - mask: written out as a subtraction from a number, for which the exporter wants both of one type.
+            with graph.inserting_before(node):
+                cast = graph.call_function(torch.ops.aten._to_copy.default, (node.args[0],), {"dtype": node.meta["val"].dtype})
+            cast.meta = dict(node.meta)
+            node.args = (cast, *node.args[1:])
         elif name in _OPERATORS:
             node.target = getattr(_OPERATORS[name], node.target._overloadname)
 

@@ -157,7 +157,8 @@ class _Writer:
             pairs[:] = [one.is_complex() for one in results]
             return [part for one in results for part in (_parts(one) if one.is_complex() else (one,))]
 
-        values = [leaf.meta["val"] for leaf in leaves]
+        with self._mode:  # make_fx takes one object in two places for one operand
+            values = [leaf.meta["val"].detach() if isinstance(leaf.meta["val"], torch.Tensor) else leaf.meta["val"] for leaf in leaves]
         rules: Any = {node.target: decomposition_table[node.target]} if node.target in decomposition_table else {}
         with self._mode:
             traced = make_fx(run, rules if whole is torch.complex else {}, tracing_mode="symbolic")(*values)
@@ -208,7 +209,11 @@ class _Writer:
 
         def operand(one: fx.Node) -> fx.Node:
             parts = [self._part(one, part) for part in _PARTS]
-            return self._added(node, torch.ops.aten.complex.default, *parts) if _is_complex(one) else parts[0]
+            if not _is_complex(one):
+                return parts[0]
+            whole = self.graph.call_function(torch.ops.aten.complex.default, tuple(parts))
+            whole.meta = {**node.meta, "val": one.meta["val"]}  # asked for one, torch would fix dynamic sizes
+            return whole
 
         def parts(one: fx.Node) -> Any:
             if not one.meta["val"].is_complex():

@@ -178,8 +178,9 @@ class Repeats:
                     member = self.model.get_submodule(path)
                     for part, names in differing.items():
                         module = member.get_submodule(part)
-                        values = {name: module.__dict__.pop(name, _MISSING) for name in names}
-                        self._hidden[id(vars(module))] = values
+                        values = self._hidden.setdefault(id(vars(module)), {})
+                        for name in names:  # members may share a part: what was taken from it stays known
+                            values.setdefault(name, module.__dict__.pop(name, _MISSING))
                         taken.append((module, values))
                         patch(type(module), "__getattr__", self._watched(type(module)))
                     self._members[id(vars(member))] = (number, path, member)
@@ -513,7 +514,8 @@ def _alike(model: torch.nn.Module) -> list[tuple[list[str], dict[str, list[str]]
                 members[signatures[id(module)]].append(path)
     taken: list[str] = []
     found = []
-    for paths in members.values():
+    # The largest first: a set of layers before the sets of their parts, wherever the first of each stands.
+    for paths in sorted(members.values(), key=lambda paths: -sizes[id(model.get_submodule(paths[0]))]):
         paths = [path for path in paths if not any(path.startswith(f"{outer}.") for outer in taken)]
         if len(paths) < 2:
             continue

@@ -76,6 +76,21 @@ def test_casts_logic_and_differences_are_written_without_a_second_trace(tmp_path
             assert torch.equal(want, got)
 
 
+class Less(nn.Module):
+    """Numbers less integers, as masks are turned round."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (1.0 - ids) * -3.5 + torch.rsub(ids, 0.5, alpha=2) + (7 - ids)
+
+
+def test_a_number_less_integers(tmp_path: Path) -> None:
+    ids = torch.arange(15).reshape(3, 5) % 7
+    program = trace(Less(), (ids,), dynamic={"ids": {0: "rows"}})
+    session = Session(export(program, tmp_path / "model.onnx").path, program)
+    for given in (ids, ids[:2]):
+        assert torch.equal(session(given), Less()(given))
+
+
 class Distances(nn.Module):
     """Of every order that is written in a way of its own."""
 

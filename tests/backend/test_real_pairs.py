@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from irprune.analysis.groups import discover
 from irprune.backend.onnx import export
 from irprune.backend.onnx_ops import hypot
 from irprune.backend.real_pairs import in_real_pairs
+from irprune.backend.rewrite import remove
 from irprune.backend.runtime import Session
 from irprune.errors import ExportError
 from irprune.frontend.export import trace
 from irprune.ir.program import Program
+from irprune.rules.infer import typed
 
 ROWS, WIDTH = 6, 8
 
@@ -40,7 +44,7 @@ class Between(nn.Module):
 
 
 def pairs(x: Tensor) -> Tensor:
-    return torch.view_as_complex(x.unflatten(-1, (WIDTH // 2, 2)))
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
 def flat(z: Tensor) -> Tensor:
@@ -115,6 +119,51 @@ def test_the_file_computes_what_the_program_does(name: str, tmp_path: Path) -> N
         assert torch.allclose(session(given), program(given), atol=1e-5)
 
 
+class Rotated(nn.Module):
+    """Positions as complex numbers, made from angles on the way: the inner axis is prunable by pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, 2 * WIDTH)
+        self.register_buffer("rates", torch.logspace(0, -1, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.outer(torch.arange(x.shape[1]).float(), self.rates)
+        turns = torch.polar(torch.ones_like(angles), angles)
+        return flat(pairs(self.q(x)) * turns) @ flat(pairs(self.k(x)) * turns).mT
+
+
+def test_a_pruned_program_whose_values_share_their_descriptions(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = typed(trace(Rotated().eval(), (x := torch.randn(2, ROWS, WIDTH),)))
+    (group,) = discover(program).prunable
+    smaller = remove(program, {group.var: np.arange(group.size) < 5})
+    values = {node.name: node.meta["val"] for node in smaller.nodes}
+    assert values["ones_like"] is values["outer"], "what this test is about"
+    session = Session(export(smaller, tmp_path / "model.onnx").path, smaller)
+    assert torch.allclose(session(x), smaller(x), atol=1e-5)
+
+
+def test_dynamic_axes_pass_transforms_of_transforms(tmp_path: Path) -> None:
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.norm = nn.Embedding(9, WIDTH), nn.LayerNorm(WIDTH)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            h = self.norm(self.words(ids))
+            for _ in range(2):
+                h = self.norm(h + torch.fft.fftn(h, dim=(1, 2)).real)
+            return h
+
+    torch.manual_seed(0)
+    ids = torch.arange(12).view(2, 6) % 9
+    program = trace(Mixer().eval(), (ids,), dynamic={"ids": {0: "batch", 1: "sequence"}})
+    session = Session(export(program, tmp_path / "model.onnx").path, program)
+    for given in (ids, ids.view(3, 4)):
+        assert torch.allclose(session(given), program(given), atol=1e-5)
+
+
 def test_a_program_without_complex_numbers_is_the_one_that_it_was() -> None:
     program, _ = traced(lambda x: x.relu(), ())
     assert in_real_pairs(program) is program
@@ -157,7 +206,6 @@ def test_a_complex_tensor_computed_in_place_is_refused() -> None:
 
 
 def test_hypot_of_numbers_whose_squares_leave_the_range() -> None:
-    import numpy as np
     from onnxscript import evaluator
 
     with evaluator.default_as(evaluator.default()):

@@ -122,6 +122,47 @@ def test_an_attribute_that_nobody_reads_may_differ_and_one_that_is_read_may_not(
     assert repeated[-1] == 3
 
 
+class Signed(nn.Module):
+    """What it gives depends on an attribute that it may do without."""
+
+    def __init__(self, index: int, flip: bool) -> None:
+        super().__init__()
+        self.index, self.flip = index, flip
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.c(self.b(self.a(x)).relu())
+        return -out if getattr(self, "flip", True) else out
+
+
+def test_layers_of_parts_that_are_like_one_before_the_layers(monkeypatch, repeated):
+    """The parts of a layer are no repetitions of their own: the layer is one."""
+
+    class Two(nn.Module):
+        def __init__(self, index):
+            super().__init__()
+            self.one, self.two = Signed(index, True), Signed(index, False)
+
+        def forward(self, x):
+            return x + self.two(x + self.one(x))
+
+    same(monkeypatch, nn.Sequential(Signed(0, True), *(Two(index) for index in range(3))).eval(), X)
+    assert repeated[0] == 2
+
+
+def test_a_part_that_two_layers_share_and_a_third_has_of_its_own(monkeypatch, repeated):
+    class Sharing(nn.Module):
+        def __init__(self, part):
+            super().__init__()
+            self.part, self.norm = part, nn.LayerNorm(4)
+
+        def forward(self, x):
+            return self.norm(x + self.part(x))
+
+    shared = Signed(0, False)
+    same(monkeypatch, Net(Sharing(shared), Sharing(shared), Sharing(Signed(1, True))).eval(), X)
+
+
 def test_an_attribute_may_be_missing_or_on_the_class(monkeypatch, repeated):
     class Some(Block):
         def __init__(self, index):

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import fx, nn
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from irprune.backend import hf_config, hf_resize
@@ -27,6 +28,7 @@ from irprune.ir.program import Program
 from irprune.pipeline.files import PART, checksum, flush, readable, remove, unwritable
 from irprune.pipeline.progress import doing
 from irprune.quiet import quiet_transformers
+from irprune.rules.registry import bind
 
 Layout = Literal["auto", "plain", "resized"]
 SAMPLES = 4096
@@ -303,7 +305,7 @@ class Work:
         changed |= {name: tuple(self._tensors[name].shape) for name in added}
         shell = self.build(self.config)
         worst: str | None = None
-        for attributes in hf_resize.choices(shell, self.sizes):
+        for attributes in hf_resize.choices(shell, self.sizes, self._groups(shell)):
             sizes = Resizing(
                 shapes={**before.shapes, **changed},
                 attributes=_joined(before.attributes, attributes),
@@ -321,6 +323,23 @@ class Work:
             where=str(folder),
             hint="write model.pt2 or ONNX instead",
         )
+
+    def _groups(self, shell: nn.Module) -> dict[str, int]:
+        """By module the groups that its convolution has in the program."""
+        counts: dict[str, int] = {}
+        for node in self.program.nodes:
+            bound = bind(node.target, node.args, dict(node.kwargs)) if isinstance(node.target, OpOverload) else {}
+            weight, groups = bound.get("weight"), bound.get("groups")
+            if isinstance(weight, fx.Node) and weight.op == "get_attr" and isinstance(groups, int):
+                counts[str(weight.target)] = groups
+        out = {}
+        for name in self._tensors:
+            was = self._moved.get(name, name)
+            path, _, leaf = name.rpartition(".")
+            used = self.program.aliases.get(was, was)
+            if leaf == "weight" and used in counts and hasattr(shell.get_submodule(path), "groups"):
+                out[path] = counts[used]
+        return out
 
     def _twins(self, own: Mapping[str, torch.Tensor], buffers: list[str]) -> dict[str, torch.Tensor]:
         """Buffers that are copies of one that changed (``original_inv_freq`` of ``inv_freq``)."""
@@ -411,7 +430,14 @@ class Work:
 
     def again(self, model: Any, folder: Path) -> Any:
         """The model of a directory."""
-        return hf_resize.load(folder, self.model_class, dtype=self.dtype, attn_implementation=self.attention)
+        try:
+            return hf_resize.load(folder, self.model_class, dtype=self.dtype, attn_implementation=self.attention)
+        except IrpruneError:
+            raise
+        except Exception as error:  # the library's own, whatever it raises
+            first = str(error).strip().partition("\n")[0] or type(error).__name__
+            hint = "write model.pt2 or ONNX instead"
+            raise ExportError(f"what was written as {self.name} cannot be loaded: {first}", where=str(folder), hint=hint) from error
 
     def differs(self, model: Any) -> str | None:
         """Which output is not the program's; ``None`` where all are."""

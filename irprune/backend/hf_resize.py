@@ -92,8 +92,6 @@ class Resizing(BaseModel):
             if isinstance(old, nn.Parameter) and not isinstance(made, nn.Parameter):
                 made = ties[id(old)] = nn.Parameter(made, requires_grad=old.requires_grad)
             _put(model, name, made)
-        for path in {name.rpartition(".")[0] for name in self.shapes}:
-            follow(model.get_submodule(path))
         for path, attributes in self.attributes.items():
             module = _submodule(model, path)
             for name, (was, now) in attributes.items():
@@ -101,6 +99,8 @@ class Resizing(BaseModel):
                 if found != was:
                     raise _other_model(f"{path}.{name}", f"is {found}", str(was))
                 setattr(module, name, now)
+        for path in {name.rpartition(".")[0] for name in self.shapes}:
+            follow(model.get_submodule(path))  # last, since the channels of a convolution are read with its groups
         for name in self.buffers:
             path, _, leaf = name.rpartition(".")
             _submodule(model, path)._non_persistent_buffers_set.discard(leaf)
@@ -176,7 +176,7 @@ def follow(module: nn.Module) -> None:
 Reading = tuple[str, str, int, int]
 
 
-def choices(model: nn.Module, sizes: Sizes) -> Iterator[dict[str, dict[str, tuple[int, int]]]]:
+def choices(model: nn.Module, sizes: Sizes, groups: Mapping[str, int]) -> Iterator[dict[str, dict[str, tuple[int, int]]]]:
     """Values for the attributes of modules that hold a size, the most plausible first.
 
     An attribute may stand for any run of factors of the axes below its module whose old product is its value
@@ -187,6 +187,7 @@ def choices(model: nn.Module, sizes: Sizes) -> Iterator[dict[str, dict[str, tupl
     Args:
         model: The model at its old sizes.
         sizes: What changed.
+        groups: By module the groups that its convolution has now.
 
     Yields:
         Module to attribute to ``(old, new)``, changes only.
@@ -198,14 +199,16 @@ def choices(model: nn.Module, sizes: Sizes) -> Iterator[dict[str, dict[str, tupl
     options: list[tuple[str, list[dict[str, tuple[int, int]]]]] = []
     for modules in instances.values():
         held = set.intersection(*({name for name, value in vars(module).items() if _is_size(value)} for _, module in modules))
-        for name in sorted(held - set(_layer(modules[0][1]))):
+        known = {"groups"} if any(path in groups for path, _ in modules) else set()
+        for name in sorted(held - set(_layer(modules[0][1])) - known):
             found = list(_values(name, modules, sizes))
             if len(found) > 1:
                 options.append((name, found))
     defaults = [found[0] for _, found in options]
+    counted: dict[str, Any] = {path: model.get_submodule(path).groups for path in groups}
 
     def merged(chosen: list[dict[str, tuple[int, int]]]) -> dict[str, dict[str, tuple[int, int]]]:
-        out: dict[str, dict[str, tuple[int, int]]] = {}
+        out = {path: {"groups": (was, groups[path])} for path, was in counted.items() if was != groups[path]}
         for (name, _), values in zip(options, chosen, strict=True):
             for path, pair in values.items():
                 if pair[0] != pair[1]:

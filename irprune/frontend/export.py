@@ -527,5 +527,6 @@ def _advice(kind: str, text: str) -> str:
     if "numpy" in text:
         return "stay in torch there: a trace cannot follow numpy"
     if "not a known type" in text or "Unsupported input type" in text:
-        return "give and return tensors, numbers, tuples, lists, dicts, or dataclasses registered with torch.export.register_dataclass"
+        kinds = "give and return tensors, numbers, tuples, lists, dicts, or dataclasses registered with torch.export.register_dataclass"
+        return f"set model.config.use_cache = False, for a trace returns no cache; else {kinds}" if "Cache" in text else kinds
     return "run the model on the example inputs; if that works, write the line with operations that torch.export knows"

@@ -247,6 +247,32 @@ def test_plain_is_refused_where_layers_differ(traced: Traced, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("passes", ["prune{kinds=[residual] of=indices ratio=0.25}", "prune{ratio=0.3}"])
+def test_depthwise_convolutions_have_fewer_groups(passes: str, tmp_path: Path) -> None:
+    """Their number of groups is the number of channels, which differs from layer to layer."""
+    sizes = {"num_channels": 3, "hidden_sizes": [16, 24], "depths": [1, 2], "num_stages": 2, "num_labels": 4, "image_size": 16}
+    torch.manual_seed(0)
+    model = lively(transformers.ConvNextForImageClassification(transformers.ConvNextConfig(**sizes)))
+    pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    after, made = exported(load(model, example_inputs={"pixel_values": pixels}), passes, tmp_path)
+    loaded = irprune.load_pretrained(made.path)
+    depthwise = [module for module in loaded.modules() if isinstance(module, nn.Conv2d) and module.groups > 1]
+    assert len(depthwise) == 3
+    assert all(conv.groups == conv.in_channels == conv.out_channels == conv.weight.shape[0] for conv in depthwise)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixel_values=pixels).logits, after(pixel_values=pixels).logits)
+
+
+def test_what_cannot_be_loaded_again_is_one_error(traced: Traced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("sizes of two tensors do not match\nand more")
+
+    monkeypatch.setattr(hf_export.hf_resize, "load", refuse)
+    with pytest.raises(ExportError, match=r"cannot be loaded: sizes of two tensors do not match\n  to go on"):
+        exported(traced, UNIFORM, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_numbers_that_differ_are_refused(llama: Any, traced: Traced, tmp_path: Path) -> None:
     """The class computes with another epsilon than the traced program."""
     other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rms_norm_eps=0.5))

@@ -245,15 +245,14 @@ class Checkpoint:
 
 def tokenizer_at(location: str, code: bool = False, **where: Any) -> tuple[Any | None, str | None]:
     """The tokenizer in a directory or of a hub id, or the reason why there is none."""
+    known, none = ("tokenizer*", "vocab*", "*.model", "merges.txt"), "the checkpoint has no tokenizer files"
+    if Path(location).is_dir() and "gguf_file" not in where and not any(any(Path(location).glob(one)) for one in known):
+        return None, none  # many classes are built without files, and then know no word
     try:
         found = transformers.AutoTokenizer.from_pretrained(location, trust_remote_code=code, **where)
     except Exception as error:
-        known = ("tokenizer*", "vocab*", "*.model", "merges.txt")
-        if Path(location).is_dir() and "gguf_file" not in where and not any(any(Path(location).glob(one)) for one in known):
-            return None, "the checkpoint has no tokenizer files"
         return None, blame.first_line(error)
-    # Some classes are built without files, and then know no word.
-    return (found, None) if found.vocab_size else (None, "the checkpoint has no tokenizer files")
+    return (found, None) if found.vocab_size else (None, none)
 
 
 def tokenizer_of(location: str) -> Any:

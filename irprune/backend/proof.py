@@ -371,9 +371,9 @@ def fake_values(program: Program) -> dict[str, Any]:
         ProofError: An operation does not accept its operands.
     """
     args, kwargs = program.interface.example
-    inputs = [_placed(program, value) if isinstance(value, torch.Tensor) else value for value in flat_inputs(program, args, kwargs)]
+    given = flat_inputs(program, args, kwargs)
     with FakeTensorMode() as mode:
-        flat = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in inputs]
+        flat = [mode.from_tensor(one).to(_home(program, one)) if isinstance(one, torch.Tensor) else one for one in given]
         try:
             return _run_nodes(program, flat)
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -385,9 +385,9 @@ def fake_values(program: Program) -> dict[str, Any]:
         return _run_nodes(program, placeholders)
 
 
-def _placed(program: Program, value: torch.Tensor) -> torch.Tensor:
-    """An input where the program's tensors are."""
-    return value if program.source is None else torch.empty_like(value, device="meta")
+def _home(program: Program, value: torch.Tensor) -> torch.device:
+    """Where an input or weight is described: all are on the meta device where weights lie in files, though some may be in memory."""
+    return value.device if program.source is None else torch.device("meta")
 
 
 def _run_nodes(program: Program, flat: list[Any], real: bool = False) -> dict[str, Any]:
@@ -400,7 +400,7 @@ def _run_nodes(program: Program, flat: list[Any], real: bool = False) -> dict[st
                 values[node.name] = next(inputs)
             elif node.op == "get_attr":
                 tensor = program.tensors[str(node.target)]
-                values[node.name] = tensor if real else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+                values[node.name] = tensor if real else torch.empty(tensor.shape, dtype=tensor.dtype, device=_home(program, tensor))
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n.name])
                 try:

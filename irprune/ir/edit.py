@@ -28,8 +28,10 @@ class Editor:
         """Register a parameter (or, for a plain tensor, a buffer) and give its node, at the place of insertion."""
         place(self._program.module, name, value)
         node = self.graph.get_attr(name)
+        # Where weights lie in files, all values are described on the meta device.
+        device = value.device if self._program.source is None else torch.device("meta")
         with describing(self._mode):
-            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=device)
         return node
 
     def call(self, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from irprune_passes.lora import Lora
+from irprune_passes.lora.adapters import adapters
 from irprune_passes.score import segments
 from safetensors.torch import load_file, save_file
 
@@ -26,6 +28,7 @@ from irprune.ir.snapshot import pack, unpack
 from irprune.pipeline import manager
 from irprune.pipeline.files import sha256
 from irprune.pipeline.parser import parse, write
+from irprune.pipeline.passes import Facts
 
 SIZES = {
     "vocab_size": 120,
@@ -113,6 +116,27 @@ def test_scores_from_activations_of_a_lazy_target_are_those_of_a_whole_one(crite
     assert found[0]
     for name, scores in found[0].items():
         torch.testing.assert_close(torch.from_numpy(found[1][name]), torch.from_numpy(scores), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("folder", ["llama", "gpt2"], indirect=True)
+def test_adapters_are_merged_into_a_lazy_program_as_into_a_whole_one(folder: Path, tmp_path: Path) -> None:
+    program, facts = api.load(f"hf:{folder}")
+    adapted = Lora(r=2).run(program, Facts()).program
+    generator = torch.Generator().manual_seed(0)
+    for adapter in adapters(adapted):
+        for name in (adapter.a, adapter.b):
+            programs.set_tensor(adapted.module, name, torch.randn(adapted.tensors[name].shape, generator=generator))
+    manager.run(parse("save_lora"), adapted.clone(), [*facts, Workspace(tmp_path)])
+    held = []
+    for lazy in (False, True):
+        out = tmp_path / f"lazy={lazy}"
+        api.run(f"hf:{folder}", [Lora(load=tmp_path), *parse("prune{ratio=0.2 kinds=ffn},merge,export{format=hf}")], out=out, lazy=lazy)
+        held.append(load_file(out / "hf" / "model.safetensors"))
+    before = {key: file for path in folder.glob("*.safetensors") for key, file in load_file(path).items()}
+    assert any(name in before and before[name].shape == t.shape and not torch.equal(before[name], t) for name, t in held[0].items())
+    assert held[0].keys() == held[1].keys()
+    for name, tensor in held[0].items():
+        torch.testing.assert_close(held[1][name], tensor)
 
 
 @pytest.mark.parametrize("folder", ["llama", "gpt2"], indirect=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from irprune_passes.lora import Lora, Merge, SaveLora
+from irprune_passes.lora import peft as peft_files
 from irprune_passes.lora.adapters import adapters
 from test_lora import trained
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -135,4 +137,21 @@ def test_adapters_of_a_traced_peft_model_are_merged() -> None:
 def test_other_kinds_of_adapters_are_refused(tmp_path: Path) -> None:
     tuned(llama(), r=4, target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="the adapter has use_dora=True"):
+        Lora(load=tmp_path).run(program_of("llama"), Facts())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_that_changed_the_base_weights_are_refused(start: str, tmp_path: Path) -> None:
+    """PEFT takes the start out of the base weights again when it loads them; on the weights as they are the adapter is wrong."""
+    tuned(llama(), r=4, target_modules=["q_proj"], init_lora_weights=start).save_pretrained(tmp_path)
+    with pytest.raises(DataError, match=f"the adapter has init_lora_weights='{start}', which is not plain LoRA"):
+        Lora(load=tmp_path).run(program_of("llama"), Facts())
+
+
+def test_a_variant_that_is_not_known_yet_is_refused(tmp_path: Path) -> None:
+    tuned(llama(), r=4, target_modules=["q_proj"], init_lora_weights="orthogonal").save_pretrained(tmp_path)
+    assert len(list(peft_files.read(tmp_path, program_of("llama")))) > 0
+    file = tmp_path / peft_files.CONFIG
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_something_new": True}))
+    with pytest.raises(DataError, match="the adapter has use_something_new=True"):
         Lora(load=tmp_path).run(program_of("llama"), Facts())

@@ -193,7 +193,7 @@ class Adapter:
         """What it adds to the weight, in at least single precision."""
         weight = program.tensors[self.site.weight]
         wide = torch.promote_types(weight.dtype, torch.float32)
-        a, b = (program.tensors[name].detach().to(wide) for name in (self.a, self.b))
+        a, b = (program.value(name).detach().to(wide) for name in (self.a, self.b))
         if self.site.kind == "conv":
             groups = self.site.groups
             product = torch.einsum("gor,gri->goi", b.reshape(groups, -1, self.rank), a.reshape(groups, self.rank, -1))
@@ -279,6 +279,11 @@ def _whole(program: Program, found: Mapping[str, list[tuple[fx.Node, _Match]]]) 
         rank = program.tensors[match.b].shape[1]
         totals = {match.base.name: node.name for node, match in matches}
         yield Adapter(site, match.a, match.b, match.scale, match.dropout, rank, tuple(totals[name] for name in site.bases))
+
+
+def home(program: Program, weight: torch.Tensor) -> torch.device:
+    """Where the factors of a weight's adapter are: beside it, or in memory if it lies in a file."""
+    return weight.device if program.source is None else torch.device("cpu")
 
 
 def scaling(alpha: float, rank: int, *, stabilised: bool) -> float:

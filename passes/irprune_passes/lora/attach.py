@@ -20,7 +20,7 @@ from irprune.ir.program import Program
 from irprune.pipeline.passes import Facts, Pass, Result
 from irprune.pipeline.registry import suggestion
 from irprune_passes.lora import peft
-from irprune_passes.lora.adapters import Site, adapters, attach, scaling, sites
+from irprune_passes.lora.adapters import Site, adapters, attach, home, scaling, sites
 
 Kind = Literal["linear", "conv", "embedding"]
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
@@ -80,11 +80,14 @@ class Lora(Pass):
         generator = torch.Generator().manual_seed(seed)
         scale = scaling(self.alpha, self.r, stabilised=self.rslora)
         for site in self._chosen(program):
-            a, b = self._start(site, program.tensors[site.weight], generator)
+            weight = program.tensors[site.weight]
+            a, b = self._start(site, weight, home(program, weight), generator)
             attach(edit, site, a, b, scale=scale, dropout=self.dropout)
         return Result(edit.done())
 
-    def _start(self, site: Site, weight: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _start(
+        self, site: Site, weight: torch.Tensor, device: torch.device, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B as they start: one of them random, the other zero."""
         shapes = site.shapes(weight, self.r)
         which = 1 if site.kind == "embedding" else 0
@@ -95,7 +98,7 @@ class Lora(Pass):
             drawn.normal_(std=1 / self.r, generator=generator)
         else:
             torch.nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
-        values = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for shape in shapes]
+        values = [torch.zeros(shape, dtype=weight.dtype, device=device) for shape in shapes]
         values[which] = drawn.to(values[which])
         return values[0], values[1]
 

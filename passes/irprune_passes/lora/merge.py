@@ -54,7 +54,7 @@ class Merge(Pass):
         after = edit.done()
         exact = after.clone()
         for adapter in found:
-            weight, delta = program.tensors[adapter.site.weight].detach(), adapter.delta(program)
+            weight, delta = program.value(adapter.site.weight).detach(), adapter.delta(program)
             merged = weight.to(delta.dtype) + delta
             set_tensor(exact.module, adapter.site.weight, merged)
             set_tensor(after.module, adapter.site.weight, merged.to(weight.dtype))
@@ -70,5 +70,5 @@ def _prove(program: Program, after: Program, exact: Program, seed: int, origins:
     values = fake_values(after)
     prove_shapes(program, after, Shrink(program.typing, {}), values)
     prove_interface(program, after, values)
-    if not any(tensor.is_meta for tensor in program.tensors.values()):
+    if program.has_data:
         prove_numbers(program, exact, {}, seed=seed, origins=origins)

@@ -20,7 +20,7 @@ import torch
 from irprune.errors import DataError, ExportError
 from irprune.ir.program import Program
 from irprune.pipeline.files import atomic, write_text
-from irprune_passes.lora.adapters import Adapter, Site, scaling, sites
+from irprune_passes.lora.adapters import Adapter, Site, home, scaling, sites
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -44,6 +44,8 @@ def write(folder: Path, program: Program, found: Sequence[Adapter], target: str)
     """
     for adapter in found:
         _check(program, adapter)
+        if program.tensors[adapter.a].is_meta:
+            raise ExportError(f"{adapter.a} has no data (meta device)", where="pass save_lora", hint="load the model with its weights")
     modules = {adapter.site.weight.removesuffix(".weight"): adapter for adapter in found}
     first = found[0]
     alphas = {name: adapter.scale * adapter.rank for name, adapter in modules.items()}
@@ -105,17 +107,15 @@ class Loaded:
     dropout: float
 
 
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None,),
-    "layer_replication": (None,),
-    "alora_invocation_tokens": (None,),
-    "use_qalora": (False, None),
-    "target_parameters": (None, []),
+# What a configuration of plain LoRA says; whatever else it says is a variant that computes something else.
+_PLAIN = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "eva_config"),
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying", "bias"),
 }
+# Starts that leave the base weights as they are. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take the start out of them.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def read(folder: Path, program: Program) -> Iterator[Loaded]:
@@ -143,7 +143,8 @@ def read(folder: Path, program: Program) -> Iterator[Loaded]:
         module = site.weight.rpartition(".")[0]
         alpha = _patterned(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
         scale = scaling(float(alpha), rank, stabilised=bool(config.get("use_rslora")))
-        yield Loaded(site, a.to(weight), b.to(weight), scale, float(config.get("lora_dropout") or 0.0))
+        a, b = (factor.to(home(program, weight), weight.dtype) for factor in (a, b))
+        yield Loaded(site, a, b, scale, float(config.get("lora_dropout") or 0.0))
     if left or not tensors:
         name = next(iter(left), None)
         found = "the file has no adapter" if name is None else f"the program has no weight that {name} fits"
@@ -153,8 +154,11 @@ def read(folder: Path, program: Program) -> Iterator[Loaded]:
 def _copied(program: Program, key: str, tensor: torch.Tensor) -> bool:
     """Whether PEFT has put a weight beside its adapter as the program has it (it does so for embeddings)."""
     name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
-    own = program.tensors.get(program.aliases.get(name, name))
-    return ".base_layer." in key and own is not None and torch.equal(own.detach().cpu(), tensor.to(own.dtype))
+    own = program.aliases.get(name, name)
+    if ".base_layer." not in key or own not in program.tensors or not program.has_data:
+        return False
+    value = program.value(own).detach().cpu()
+    return torch.equal(value, tensor.to(value.dtype))
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -165,9 +169,11 @@ def _config(path: Path) -> dict[str, Any]:
         raise DataError(f"the adapter's configuration cannot be read: {error}", where=str(path), hint=hint) from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise DataError("it is not the configuration of a LoRA adapter", where=str(path), hint=hint)
-    for key, plain in _PLAIN.items():
-        if config.get(key) not in plain:
-            raise DataError(f"the adapter has {key}={config[key]!r}", where=str(path), hint="merge it with PEFT first")
+    strange = [key for key, value in config.items() if key not in _PLAIN and value]
+    strange += [key for key, plain in (("bias", (None, "none")), ("init_lora_weights", _STARTS)) if config.get(key) not in plain]
+    if strange:
+        hint = "merge it with PEFT first, or save it with path_initial_model_for_weight_conversion if its start changed the base weights"
+        raise DataError(f"the adapter has {strange[0]}={config[strange[0]]!r}, which is not plain LoRA", where=str(path), hint=hint)
     return config
 
 

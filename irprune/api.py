@@ -251,7 +251,9 @@ def validate(
     old = Manifest.read(folder)
     if old.onnx is None:
         raise DataError("the run wrote no ONNX file", where=str(folder), hint="run the target again with the pass export")
-    if changed := [verb for key, verb in (("recovery", "trained"), ("repair", "repaired")) if key in (old.model_extra or {})]:
+    changed = [verb for key, verb in (("recovery", "trained"), ("repair", "repaired")) if key in (old.model_extra or {})]
+    changed += ["adapted"] if any(one.name == "lora" for one in old.passes) else []
+    if changed:
         raise DataError(
             f"the run {' and '.join(changed)} the weights, which its recipe does not replay",
             where=str(folder),

@@ -146,6 +146,13 @@ def test_validate_fails_where_the_weights_are_others(done: tuple[Path, Result]) 
     assert result.stderr.startswith("[parity]")
 
 
+def test_validate_refuses_a_run_whose_weights_its_recipe_does_not_replay(tmp_path: Path) -> None:
+    assert call("run", MODEL, "--passes", "lora{r=2},merge,export", "--out", tmp_path / "merged").exit_code == 0
+    result = call("validate", tmp_path / "merged", MODEL)
+    assert result.exit_code == 2
+    assert "the run adapted the weights, which its recipe does not replay" in result.stderr
+
+
 def test_toml_runs_the_same_pipeline(tmp_path: Path) -> None:
     config = tmp_path / "pipeline.toml"
     config.write_text('[[passes]]\nname = "prune"\nratio = 0.4\nround_to = 4\n')

@@ -24,7 +24,9 @@ from irprune_passes.calibration import flat_batches, seeded
 from irprune_passes.probe import Reader, Walk, damped, readers, spd_solve
 
 _ROUNDING = 1e-12
-"""An error below this part of the energy is none: both are sums in double precision."""
+"""An error below this part of the target's energy is none: it is that of single precision, squared."""
+_GAIN = 1e-6
+"""A gain below this part of the error may be rounding: it is a sum of products in single precision."""
 
 Method = Literal["bias_fold", "least_squares"]
 
@@ -154,11 +156,15 @@ class _Work:
             systems = {reader: (self._system(reader, pruned), self._system(reader, pruned)) for reader in together}
             first = together[0]
             pairs = zip(whole.advance(first.node, through=True), pruned.advance(first.node), strict=True)
+            fitted, shift = self.options.method == "least_squares", None
             for number, (wanted, found) in enumerate(pairs):
                 x = first.samples(found(first.operand))
-                gram = x.mT @ x if self.options.method == "least_squares" else None
+                if fitted and all(reader.bias is not None for reader in systems):
+                    shift = x.mean(1, keepdim=True) if shift is None else shift
+                    x = x - shift
+                gram = x.mT @ x if fitted else None
                 for reader, folds in systems.items():
-                    folds[number % 2].add(x, reader.results(self._target(reader, wanted, found)), gram)
+                    folds[number % 2].add(x, reader.results(self._target(reader, wanted, found)), gram, shift)
             for reader, folds in systems.items():
                 changed.update(self._solved(reader, folds, pruned))
         return changed
@@ -215,7 +221,7 @@ class _Work:
         held = None if reader.bias is None else new[reader.bias].double().reshape(stored.shape[0], -1)
         error, fitted = system.error(system.weight, system.bias), system.error(stored, held)
         energy = max(system.energy, torch.finfo(torch.float64).tiny)
-        better = fitted < error and error > _ROUNDING * energy
+        better = fitted < (1 - _GAIN) * error and error > _ROUNDING * energy
         self.errors[reader.node] = (error / energy, (fitted if better else error) / energy)
         if not better:  # nothing to gain, or lost again in rounding to the weight's type
             return {}
@@ -249,6 +255,10 @@ def _partner(program: Program, name: str) -> str | None:
 class System:
     """The least squares problem ``sum |t - W x - b|^2`` of one layer, added up sample by sample.
 
+    What is added up is what the layer as it is leaves over, ``r = t - W x - b``, and the unknown is the step from
+    it: products are taken in single precision, and as differences of sums of ``t`` a small error would be lost in
+    their rounding. For the same reason inputs may be given about a point near their mean.
+
     All sums are ``G`` matrices or vectors in double precision; the largest is ``X X^T`` with
     ``8 G in^2`` bytes.
 
@@ -264,22 +274,34 @@ class System:
         self.method = method
         self.count = 0
         self.energy = 0.0
+        self._shift: torch.Tensor | None = None
         self._sums: dict[str, torch.Tensor] = {}
 
-    def add(self, x: torch.Tensor, t: torch.Tensor, gram: torch.Tensor | None) -> None:
-        """Samples ``x`` ``(G, n, in)``, targets ``t`` ``(G, n, out)``, and ``X X^T`` where weights are to be fitted."""
+    def add(self, x: torch.Tensor, t: torch.Tensor, gram: torch.Tensor | None, shift: torch.Tensor | None = None) -> None:
+        """Add samples.
+
+        Args:
+            x: Inputs ``(G, n, in)``, less ``shift``.
+            t: Targets ``(G, n, out)``.
+            gram: ``X X^T`` of these ``x``, where weights are to be fitted.
+            shift: ``(G, 1, in)``, the same each time; only of a layer with a bias.
+        """
         self.count += x.shape[1]
         self.energy += float(t.square().sum(dtype=torch.float64))
-        if gram is None:
-            rest = t.double() - x.double() @ self.weight.mT
-            self._add("rest", rest.sum(1))
-            self._add("square", rest.square().sum())
-            return
+        if shift is not None and self._shift is None:
+            self._shift = shift.double()
+        wide = x.dtype if gram is not None else torch.float64
+        offset = torch.zeros((), dtype=torch.float64) if self.bias is None else self.bias[:, None]
+        if self._shift is not None:
+            offset = offset + self._shift @ self.weight.mT
+        rest = t.to(wide) - (x.to(wide) @ self.weight.to(wide).mT + offset.to(wide))
+        self._add("square", rest.square().sum(dtype=torch.float64))
         if self.bias is not None:
+            self._add("rest", rest.sum(1, dtype=torch.float64))
+        if gram is not None:
             self._add("x", x.sum(1, dtype=torch.float64))
-            self._add("t", t.sum(1, dtype=torch.float64))
-        self._add("xx", gram)
-        self._add("tx", t.mT @ x)
+            self._add("xx", gram)
+            self._add("rx", rest.mT @ x)
 
     def _add(self, name: str, value: torch.Tensor) -> None:
         self._sums[name] = self._sums[name].add_(value) if name in self._sums else value.double()
@@ -288,6 +310,7 @@ class System:
         """This problem with the samples of another one of the same layer, which must not be used any more."""
         if other.count:
             self.count += other.count
+            self._shift = self._shift if self._shift is not None else other._shift
             self.energy += other.energy
             for name, value in other._sums.items():
                 self._add(name, value)
@@ -295,14 +318,19 @@ class System:
 
     def error(self, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
         """The squared error of a weight (with ``bias_fold`` always the layer's own) and a bias."""
-        if self.method == "bias_fold":
-            assert bias is not None
-            return float(self._sums["square"] - 2 * (bias * self._sums["rest"]).sum() + self.count * bias.square().sum())
-        found = self.energy - 2 * (weight * self._sums["tx"]).sum() + ((weight @ self._sums["xx"]) * weight).sum()
+        found, means, step = self._sums["square"], self._sums.get("rest"), None
+        if self.method == "least_squares":
+            step = weight - self.weight
+            found = found - 2 * (step * self._sums["rx"]).sum() + ((step @ self._sums["xx"]) * step).sum()
         if bias is not None:
-            means = self._sums["t"] - (weight @ self._sums["x"][..., None])[..., 0]
-            found = found - 2 * (bias * means).sum() + self.count * bias.square().sum()
-        return float(found)
+            assert means is not None
+            assert self.bias is not None
+            moved = bias - self.bias
+            if step is not None:
+                means = means - _times(step, self._sums["x"])
+                moved = moved if self._shift is None else moved + _times(step, self._shift[:, 0])
+            found = found - 2 * (moved * means).sum() + self.count * moved.square().sum()
+        return max(float(found), 0.0)
 
     def solve(self, damping: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weight and the bias that minimise the error, with a ridge of ``damping`` times the diagonal of ``X X^T``.
@@ -310,17 +338,22 @@ class System:
         With a bias, ``X X^T`` is taken about the mean. The ridge pulls the weight towards the layer's own.
         """
         if self.method == "bias_fold":
-            return self.weight, self._sums["rest"] / self.count
-        xx, tx = self._sums["xx"], self._sums["tx"]
-        if self.bias is not None:
-            x, t = self._sums["x"], self._sums["t"]
-            xx = xx - x[..., :, None] * x[..., None, :] / self.count
-            tx = tx - t[..., :, None] * x[..., None, :] / self.count
-        step = spd_solve(damped(xx, damping), (tx - self.weight @ xx).mT).mT
-        weight = self.weight + step
+            assert self.bias is not None
+            return self.weight, self.bias + self._sums["rest"] / self.count
+        xx, rx, x = self._sums["xx"], self._sums["rx"], self._sums["x"]
         if self.bias is None:
-            return weight, None
-        return weight, (t - (weight @ x[..., None])[..., 0]) / self.count
+            return self.weight + spd_solve(damped(xx, damping), rx.mT).mT, None
+        rest = self._sums["rest"]
+        xx = xx - x[..., :, None] * x[..., None, :] / self.count
+        rx = rx - rest[..., :, None] * x[..., None, :] / self.count
+        step = spd_solve(damped(xx, damping), rx.mT).mT
+        bias = self.bias + (rest - _times(step, x)) / self.count
+        return self.weight + step, bias if self._shift is None else bias - _times(step, self._shift[:, 0])
+
+
+def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """``(G, out, in)`` times ``(G, in)``."""
+    return (matrix @ vector[..., None])[..., 0]
 
 
 def chosen(first: System, second: System) -> float:

@@ -164,6 +164,9 @@ def test_scores_per_cost_spare_cheap_indices() -> None:
     scores = Importance({"ffn0": np.full(6, 1.1), "ffn1": np.full(12, 1.0)})
     assert set(plan(on, scores, count=2, allocation="global")[0]) == {"ffn1"}
     assert set(plan(on, scores, count=2, allocation="global", per_cost="params")[0]) == {"ffn0"}
+    lower = Importance({name: values - 10 for name, values in scores.scores.items()})
+    with pytest.raises(DataError, match="negative scores, and divided by a cost"):
+        plan(on, lower, count=2, allocation="global", per_cost="params")
 
 
 # -- invariants of the choice -------------------------------------------------------------------------

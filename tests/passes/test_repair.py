@@ -355,3 +355,36 @@ def test_nothing_removed_means_nothing_changed() -> None:
     toy = Toy(two_layers, ROWS, [1])
     result = Repair().run(toy.program, Facts([PruneReport({}, {}, {}, {}), Original(toy.program), task([(ROWS,)])]))
     assert result.program is toy.program
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("lift", [0.0, 100.0])
+def test_what_was_exact_in_single_precision_stays_so(bias: bool, lift: float) -> None:
+    """Dead units go, so nothing is to be repaired; sums of products of large inputs round by more than the true error."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8, bias=bias))
+    with torch.no_grad():
+        model[0].bias += lift
+        model[0].weight[::2] = 0
+        model[0].bias[::2] = -0.001
+        model[2].weight[:, ::2] *= 1e-3
+    data = [torch.randn(64, 16) for _ in range(6)]
+    program = typed(trace(model.eval(), (data[0],)))
+    groups = discover(program)
+    scores = Importance({group.name: np.arange(group.size, dtype=float) % 2 for group in groups.prunable})
+    pruned = Prune(ratio=0.5, of="indices").run(program, Facts([groups, scores, Original(program)]))
+    facts = Facts([*pruned.facts, Original(program), task([(x,) for x in data])])
+    found = Repair().run(pruned.program, facts)
+    report = next(fact for fact in found.facts if isinstance(fact, RepairReport))
+
+    def error(parts: Any) -> float:
+        held = {name: value.detach().double() for name, value in parts.items()}
+        hiddens = [torch.relu(x.double() @ held["0.weight"].T + held["0.bias"]) for x in data]
+        outs = [h @ held["2.weight"].T + (held["2.bias"] if bias else 0) for h in hiddens]
+        wide = model.double()
+        total = sum(float((out - wide(x.double())).square().sum().detach()) for out, x in zip(outs, data, strict=True))
+        model.float()
+        return total
+
+    assert error(found.program.tensors) <= error(pruned.program.tensors) < 1e-20
+    assert all(0 <= after <= before for before, after in report.errors.values())

@@ -15,7 +15,7 @@ from score_toys import TwoLayers, importance, pairs, seeded, task, traced
 from torch import Tensor, nn
 
 from irprune.analysis.groups import discover
-from irprune.errors import DataError
+from irprune.errors import DataError, OptionError
 from irprune.frontend.export import trace
 from irprune.ir.facts import Groups, Importance, Original
 from irprune.ir.program import Program
@@ -247,10 +247,23 @@ def test_a_copy_is_worth_nothing_until_the_other_is_gone() -> None:
     obs = only(importance(*toy, task(data), criterion="obs", damping=1e-6, at_once=0))
     assert sorted(obs).index(min(obs[1], obs[3])) == 0
     assert min(obs[1], obs[3]) < 1e-3 * max(obs[1], obs[3])
+
     activation = only(importance(*toy, task(data), criterion="activation"))
     assert activation[1] == pytest.approx(activation[3])
     filters = only(importance(*toy, criterion="fpgm"))
     assert filters[1] == pytest.approx(filters[3])
+
+
+def test_obs_names_the_reader_whose_gram_matrix_has_no_inverse() -> None:
+    """Fewer samples than features, and a damping that rounding swallows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 4)).eval()
+    x = torch.randn(16, 8)
+    program = typed(trace(model, (x,)))
+    with pytest.raises(OptionError, match=r"damping=1e-10 is too little for 64 features.*") as caught:
+        importance(program, discover(program), task([(x,)], loss=None), criterion="obs", damping=1e-10)
+    assert caught.value.hint is not None
+    assert "2.weight" in str(caught.value)
 
 
 def test_surgery_of_grouped_convolutions_and_several_readers() -> None:

@@ -197,6 +197,12 @@ class _Planner:
         for group in self.selection.chosen:
             cost = {"none": 1, "params": group.params_per_index, "macs": group.macs_per_index}[options.per_cost]
             values = _checked(group, scores)
+            if options.per_cost != "none" and bool((np.isfinite(values) & (values < 0)).any()):
+                raise DataError(
+                    f"group {group.name} has negative scores, and divided by a cost the index that frees least would go first",
+                    where="pass prune",
+                    hint="normalise with min-max instead, or leave out `per_cost`",
+                )
             pools.append(
                 Pool(group.name, values, self.units[group.name], max(options.min_keep, group.least), ceilings[group.name], max(cost, 1))
             )

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
+from irprune.errors import OptionError
 from irprune.pipeline.progress import track
 from irprune_passes.calibration import flat_batches, seeded
 from irprune_passes.probe import Reader, Walk, damped
@@ -101,7 +102,14 @@ class Layer:
         """A reader with the Gram matrix of what it reads."""
         weight = reader.matrix(study.weights[reader.weight].double())
         weight = weight * (gram.diagonal(dim1=-2, dim2=-1) > 0)[:, None]  # what reads nothing costs nothing
-        return cls(weight, torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping))), features)
+        factor, failed = torch.linalg.cholesky_ex(damped(gram, damping))
+        if bool(failed.any()):
+            raise OptionError(
+                f"damping={damping:g} is too little for {gram.shape[-1]} features: their Gram matrix has no inverse in rounding",
+                where=f"pass score, the reader {reader.weight}",
+                hint="raise `damping`, or give more calibration samples than features",
+            )
+        return cls(weight, torch.cholesky_inverse(factor), features)
 
     def costs(self, indices: torch.Tensor) -> torch.Tensor:
         """What removing each of the indices would add to the squared error, the others refitted."""

@@ -480,14 +480,20 @@ def _check_faithful(program: Program, expected: list[Any]) -> None:
         torch.manual_seed(0)
         found = pytree.tree_leaves(program(*args, **kwargs))
     for name, want, got in zip(program.interface.outputs, expected, found, strict=True):
-        if not _same(want, got):
-            raise TraceError(
-                f"the trace does not compute what the model computes: output '{name}' differs on the example inputs",
-                hint="make the model a function of its inputs: no state left from one call to the next, no values computed by python code",
-            )
+        if not same_values(want, got):
+            raise not_faithful(name)
 
 
-def _same(want: Any, got: Any) -> bool:
+def not_faithful(output: str) -> TraceError:
+    """A trace that gives another output than the model."""
+    return TraceError(
+        f"the trace does not compute what the model computes: output '{output}' differs on the example inputs",
+        hint="make the model a function of its inputs: no state left from one call to the next, no values computed by python code",
+    )
+
+
+def same_values(want: Any, got: Any) -> bool:
+    """Whether two outputs of a model and of its trace are the same, up to the order of their sums."""
     if not isinstance(want, torch.Tensor):
         return bool(want == got)
     if want.shape != got.shape or want.dtype != got.dtype:

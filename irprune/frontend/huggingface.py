@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from irprune.backend.hf_stream import buffers_on_meta, of_model
 from irprune.errors import DataError, TargetError, TraceError
-from irprune.frontend import text
+from irprune.frontend import text, unloaded
 from irprune.frontend.batches import Binding, counted, read
 from irprune.frontend.export import trace
 from irprune.frontend.hf_checkpoint import Checkpoint, Loading, without_cache
@@ -109,6 +109,8 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
         if how == "lazy":
             program = retrace(reader)
             program = dataclasses.replace(program, source=of_model(model, checkpoint.folder(), program))
+            unsure = unloaded.check(model, program)
+            notes += [unsure] if unsure is not None else []
         else:
             program = _traced(reader, options.batch, seed, rows, options.outputs)
     program = _noted(program, [*notes, *_unused(model, program)])

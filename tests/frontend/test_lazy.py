@@ -19,9 +19,10 @@ from irprune_passes.score import segments
 from safetensors.torch import load_file, save_file
 
 import irprune.api as api
-from irprune.backend import hf_export, hf_resize, stream
+from irprune.backend import hf_export, hf_resize, hf_stream, stream
 from irprune.backend.hf_config import factors_of
-from irprune.errors import DataError, OutputError, RecipeError, ResumeError, TargetError
+from irprune.errors import DataError, OutputError, RecipeError, ResumeError, TargetError, TraceError
+from irprune.frontend import huggingface
 from irprune.ir import program as programs
 from irprune.ir.facts import Importance, Original, Pretrained, PruneReport, Workspace
 from irprune.ir.snapshot import pack, unpack
@@ -66,6 +67,31 @@ def test_a_lazy_program_computes_what_the_whole_one_computes(folder: Path) -> No
     assert torch.equal(lazy(**inputs), whole(**inputs))
     for name, tensor in whole.tensors.items():
         assert torch.equal(lazy.value(name), tensor), name
+
+
+@pytest.mark.parametrize("folder", [name for name in KINDS if name != "short llama"], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_lazy_trace_that_computes_something_else_is_refused(folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model computes is seen although its weights are never in memory together."""
+    program, _ = api.load(f"hf:{folder}", lazy=True, dtype=dtype)
+    assert not any("was not compared" in note for note in program.interface.notes)
+    kept = hf_stream.buffers_on_meta
+
+    @contextlib.contextmanager
+    def traced_as_another(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+        norms = [part for part in model.modules() if hasattr(part, "eps") or hasattr(part, "variance_epsilon")]
+        with kept(model) as held:
+            for norm in norms:
+                for name in {"eps", "variance_epsilon"} & set(vars(norm)):
+                    setattr(norm, name, 100 * (before := getattr(norm, name)) + 1)
+            yield held
+            for norm in norms:
+                for name in {"eps", "variance_epsilon"} & set(vars(norm)):
+                    setattr(norm, name, before)
+
+    monkeypatch.setattr(huggingface, "buffers_on_meta", traced_as_another)
+    with pytest.raises(TraceError, match="does not compute what the model computes"):
+        api.load(f"hf:{folder}", lazy=True, dtype=dtype)
 
 
 @pytest.mark.parametrize("folder", ["llama", "gpt2", "bloom"], indirect=True)

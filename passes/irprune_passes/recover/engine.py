@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from irprune.analysis.cost import hints
 from irprune.ir.dims import as_size
 from irprune.ir.program import Program, copied, module_path
+from irprune_passes.cuts import unsafe_cuts
 
 
 @dataclass(frozen=True)
@@ -174,12 +175,15 @@ def _cuts(program: Program, calls: Sequence[fx.Node], segments: int) -> list[int
     for node in originals:
         total += _bytes(node, known)
         reached.append(total)
+    unsafe = unsafe_cuts(program)
     out: list[int] = []
     for number in range(1, segments):
         window = [
             position
             for position in range(1, len(calls))
-            if (number - 0.5) * total <= reached[position] * segments <= (number + 0.5) * total and position > (out[-1] if out else 0)
+            if position not in unsafe
+            and (number - 0.5) * total <= reached[position] * segments <= (number + 0.5) * total
+            and position > (out[-1] if out else 0)
         ]
         if window:
             even = number * total / segments

@@ -19,7 +19,8 @@ from torch import fx
 
 from irprune.analysis.cost import hints
 from irprune.ir.dims import as_size
-from irprune.ir.program import Program, Runner, writes
+from irprune.ir.program import Program, Runner
+from irprune_passes.cuts import unsafe_cuts
 
 RESIDENT = 256 * 2**20
 Fold = Callable[[str, torch.Tensor], None]
@@ -43,9 +44,8 @@ class Segment:
 def segments(program: Program, resident: int = RESIDENT) -> list[Segment]:
     """Cut a program where little crosses, so that the tensors of a segment take at most ``resident`` bytes.
 
-    A single operation may need more. Between a value's origin and the last operation that writes to it
-    in place there is no cut, since running a segment again would write twice, nor between an operation of
-    several results and what takes them apart.
+    A single operation may need more. There is no cut where running a segment again would write twice
+    (:func:`irprune_passes.cuts.unsafe_cuts`), nor between an operation of several results and what takes them apart.
     """
     known = hints(program)
     nodes = [node for node in program.nodes if node.op == "call_function"]
@@ -60,11 +60,9 @@ def segments(program: Program, resident: int = RESIDENT) -> list[Segment]:
         size = _bytes(node, known)
         for cut in range(first + 1, min(last, len(nodes) - 1) + 1):
             crossing[cut] += size
+    for cut in unsafe_cuts(program):
+        whole[cut] = True
     for node in nodes:
-        if writes(node):
-            origin = _origin(node)
-            for cut in range(place.get(origin, -1) + 1, place[node] + 1):
-                whole[cut] = True
         if isinstance(node.meta.get("val"), list | tuple):
             for cut in range(place[node] + 1, max((place.get(user, 0) for user in node.users), default=0) + 1):
                 whole[cut] = True
@@ -115,13 +113,6 @@ def _bytes(node: fx.Node, known: Mapping[Any, int]) -> int:
                 size = size * (found if isinstance(found, int) else found.subs(known))
             total += int(size)
     return total
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """Where the value that an in-place operation writes to, through views, was made."""
-    while node.args and isinstance(node.args[0], fx.Node) and node.args[0].op == "call_function":
-        node = node.args[0]
-    return node
 
 
 @dataclass

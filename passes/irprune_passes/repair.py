@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import fx
 
 from irprune.analysis.groups import discover
@@ -21,6 +21,7 @@ from irprune.pipeline.progress import track
 from irprune.rules.infer import typed
 from irprune.rules.registry import bind, op_name
 from irprune_passes.calibration import flat_batches, seeded
+from irprune_passes.given import refuse_void
 from irprune_passes.probe import Reader, Walk, damped, readers, spd_solve
 
 _ROUNDING = 1e-12
@@ -93,13 +94,18 @@ class Repair(Pass):
     readers: Literal["pruned", "all"] = Field(
         "pruned", description="Fit the layers that read less than before, or every layer, as all of them read something else than before."
     )
-    damping: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+    damping: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         "auto",
         description="The ridge, as a part of each feature's energy. auto: for each layer one of four that is best on every "
         "other batch when fitted to the rest; 0.01 where there is only one.",
     )
     batches: int | None = Field(None, ge=1, description="Use at most this many calibration batches. none: all of them.")
     seed: int | None = Field(None, ge=0, description="Seed of operations that draw random numbers. none: that of the run.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Repair:
+        refuse_void(self, {"damping": "method=bias_fold, which fits no weights" if self.method == "bias_fold" else None})
+        return self
 
     def run(self, program: Program, facts: Facts) -> Result:
         task, original = facts.get(Task), facts.get(Original)

@@ -399,6 +399,7 @@ def test_the_proof_takes_the_seed_of_the_run(monkeypatch: pytest.MonkeyPatch, se
         ({"layers": "4-30"}, "it reads FROM:TO"),
         ({"count": 3, "ratio": 0.5}, "give `count` or `ratio`, not both"),
         ({"count": 3, "of": "macs"}, "give `count` or `of`, not both"),
+        ({"count": 3, "round_to": 4}, "give `count` or `round_to`, not both"),
         ({"per_cost": "params"}, "`per_cost` needs allocation=global"),
         ({"kinds": ("tail",)}, "Input should be 'heads'"),
         ({"steps": 0}, "greater than or equal to 1"),

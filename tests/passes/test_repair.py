@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from irprune_passes.prune import Prune
 from irprune_passes.repair import DAMPING, DAMPINGS, Repair, RepairReport, System, chosen
 from nets import Net, tensor
+from pydantic import ValidationError
 from score_toys import task
 from torch import Tensor, nn
 
@@ -303,7 +304,7 @@ def test_repair_never_increases_the_error_of_the_layer(seed: int, damping: float
     toy = _toys[seed % len(_toys)]
     data = [tensor(8, 6, seed=seed + 1)[:rows].repeat(2, 1)[:8].contiguous() for _ in range(2)]
     data = [torch.cat([x, x[:1].expand(8 - len(x), -1)]) for x in data]
-    after, report = toy.repair(data, damping=damping, method=method)
+    after, report = toy.repair(data, method=method, **({} if method == "bias_fold" else {"damping": damping}))
     assert report.errors
     for before, fitted in report.errors.values():
         assert -1e-9 <= fitted <= before
@@ -349,6 +350,13 @@ def test_repair_needs_a_pruning_its_original_and_data() -> None:
         meta = typed(trace(nn.Sequential(nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 4)), (torch.empty(2, 6),)))
     with pytest.raises(DataError, match="is on the meta device and has no values to fit"):
         Repair().run(meta, Facts([PruneReport({}, {}, {}, {}), Original(meta)]))
+
+
+def test_a_damping_that_nothing_uses_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"`damping` \(0.1\) does nothing with method=bias_fold"):
+        Repair(method="bias_fold", damping=0.1)
+    with pytest.raises(ValidationError, match="finite number"):
+        Repair(damping=float("inf"))
 
 
 def test_nothing_removed_means_nothing_changed() -> None:

@@ -108,8 +108,8 @@ class Prune(Pass):
     @model_validator(mode="after")
     def _check_together(self) -> Prune:
         if self.count is not None:
-            for other in ("ratio", "of"):
-                if getattr(self, other) != type(self).model_fields[other].default:
+            for other in ("ratio", "of", "round_to"):
+                if other in self.model_fields_set:
                     raise ValueError(f"give `count` or `{other}`, not both")
         if self.per_cost != "none" and self.allocation != "global":
             raise ValueError(f"`per_cost` needs allocation=global: a {self.allocation} allocation does not compare groups")

@@ -94,6 +94,8 @@ class Score(Pass):
             return kind(**{key: getattr(self, key) for key in _CRITERION_OPTIONS if key in kind.model_fields}, **extra)
         except ValidationError as error:
             finding = error.errors()[0]
+            if not finding["loc"]:
+                raise ValueError(f"criterion '{self.criterion}': {finding['msg'].removeprefix('Value error, ')}") from error
             raise ValueError(f"option '{finding['loc'][0]}' of criterion '{self.criterion}': {finding['msg']}") from error
 
     def run(self, program: Program, facts: Facts) -> Result:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from irprune.errors import DataError
 from irprune_passes.score.criteria import Criterion, Study
@@ -91,11 +91,26 @@ class Taylor(Criterion):
     fisher: Fisher = "mean"
     accumulator_mib: AccumulatorMib = None
 
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        # `score` gives every option, so one that was left out is known by its value alone.
+        if self.combine != "batch" and (self.mode, self.order) != ("element", 1):
+            raise ValueError(f"`combine` needs mode=element order=1, found mode={self.mode} order={self.order}")
+        if self.fisher != "mean" and self.order == 1:
+            raise ValueError("`fisher` needs order=2 or order=mixed: the first order squares no gradients")
+        if self.accumulator_mib is not None and not self._accumulates:
+            raise ValueError("`accumulator_mib` needs mode=element with order=mixed or combine=total: nothing else accumulates per weight")
+        return self
+
+    @property
+    def _accumulates(self) -> bool:
+        """Whether numbers are kept for each weight."""
+        return self.mode == "element" and (self.order == "mixed" or (self.order == 1 and self.combine == "total"))
+
     def score(self, study: Study) -> dict[str, Array]:
         names = [name for name in study.weights if study.program.tensors[name].is_floating_point()]
         sums = [structure.lengths.new_zeros(structure.size, dtype=torch.float64) for structure in study.structures]
-        per_weight = self.mode == "element" and (self.order == "mixed" or (self.order == 1 and self.combine == "total"))
-        measure = self._accumulate if per_weight else self._stream
+        measure = self._accumulate if self._accumulates else self._stream
         if names and not measure(study, names, sums):
             raise DataError(
                 "the loss depends on no parameter that is to be scored",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -19,6 +20,7 @@ from irprune_passes.recover import recover as module
 from irprune_passes.recover.engine import Engine, relocate, trunk
 from irprune_passes.recover.objective import distance, divergence
 from irprune_passes.recover.recover import Recovery, rate
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -172,9 +174,31 @@ def test_accumulated_batches_are_one_batch() -> None:
         torch.testing.assert_close(weights(apart)[name], tensor, atol=2e-5, rtol=1e-4)
 
 
-def _with(calibration: Any) -> Task:
-    import dataclasses
+@pytest.mark.parametrize("masked", [False, True])
+def test_hidden_states_of_accumulated_batches_are_those_of_one(masked: bool) -> None:
+    """Whatever the teacher's values in each piece, and what does not count has no part."""
+    x, y = batches(1, 12)[0]
+    counts = torch.tensor([True, True, False, True, False, True, True, True, False, True, False, False])
+    x = torch.where(counts[:, None], x * torch.linspace(1, 4, 12)[:, None], 1e3) if masked else x * torch.linspace(1, 4, 12)[:, None]
+    whole = (x, y, counts)
 
+    def about(*cuts: tuple[int, int]) -> Task:
+        pieces = [tuple(part[start:stop] for part in whole) for start, stop in cuts]
+        return dataclasses.replace(_with(lambda: pieces), positions=(lambda batch: batch[2]) if masked else None)
+
+    options = {"train": "all", "held_out": 0, "steps": 2, "loss": 0, "hidden": 1}
+    apart, first = recovered(smaller()[0], about((0, 2), (2, 7), (7, 12)), accumulate=3, **options)
+    one, second = recovered(smaller()[0], about((0, 12)), **options)
+    assert first["losses"] == pytest.approx(second["losses"], rel=1e-4)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(apart)[name], tensor, atol=2e-5, rtol=1e-4)
+    if masked:
+        x[~counts] = 0
+        _, third = recovered(smaller()[0], about((0, 12)), **options)
+        assert third["losses"] == pytest.approx(second["losses"])
+
+
+def _with(calibration: Any) -> Task:
     return dataclasses.replace(task(), calibration=calibration)
 
 
@@ -292,6 +316,44 @@ def test_what_cannot_be_trained_says_so() -> None:
         Recover(loss=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patience": 3, "held_out": 0}, r"`patience` \(3\) does nothing with held_out=0"),
+        ({"steps": 4, "epochs": 2}, r"`epochs` \(2.0\) does nothing with `steps`"),
+        ({"temperature": 2}, r"`temperature` \(2.0\) does nothing with logits=0"),
+        ({"classes": 1}, r"`classes` \(1\) does nothing with logits=0"),
+        ({"loss": float("inf")}, "finite number"),
+        ({"weight_decay": float("inf")}, "finite number"),
+    ],
+)
+def test_options_that_do_nothing_or_are_not_finite(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Recover(**options)
+
+
+def test_the_axis_of_classes_is_one_of_the_output() -> None:
+    for classes in (-3, 2, 7):
+        with pytest.raises(OptionError, match=rf"option 'classes': {classes} is no axis .* which has 2\n.* from -2 to 1"):
+            recovered(smaller()[0], task(), loss=0, logits=1, classes=classes)
+
+
+def test_a_state_that_is_a_directory_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for state, message in ((tmp_path, "is a directory"), (tmp_path / "file" / "state", "is no directory")):
+        with pytest.raises(OptionError, match=f"option 'state': .* {message}"):
+            Recover(state=state).run(smaller()[0], Facts())
+
+
+def test_weights_that_are_not_in_memory_are_refused() -> None:
+    with torch.device("meta"):
+        meta = toys.typed(toys.trace(toys.Mlp(), (torch.empty(2, 4),)))
+    with pytest.raises(DataError, match=r"fc1.weight is on the meta device and has no values to train"):
+        Recover().run(meta, Facts())
+    with pytest.raises(DataError, match=r"fc1.weight lies in its file\n  to go on: load the model without lazy=true, or use `repair`"):
+        Recover().run(dataclasses.replace(meta, source=object()), Facts())  # type: ignore[arg-type]
+
+
 def test_the_rate_rises_and_falls() -> None:
     rates = [rate(step, 20, 0.2) for step in range(20)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -307,6 +369,10 @@ def test_distances_by_hand() -> None:
     assert divergence(student, teacher, counts=torch.tensor([[True, False]])) == pytest.approx(first)
     assert divergence(teacher, teacher, 3.0) == pytest.approx(0)
     assert distance([torch.tensor([1.0, 2.0])], [torch.tensor([0.0, 2.0])]) == pytest.approx(0.5 / 2)
+    ours, theirs = [torch.tensor([[1.0], [9.0]])], [torch.tensor([[2.0], [0.0]])]
+    assert distance(ours, theirs, torch.tensor([True, False])) == pytest.approx(1 / 4)
+    assert distance(ours, theirs, torch.tensor([True, False, True])) == pytest.approx((1 + 81) / 4)
+    assert distance(ours, theirs, torch.tensor([True, False]), [torch.tensor(8.0)]) == pytest.approx(1 / 8)
 
 
 def test_devices_in_a_graph_are_replaced() -> None:

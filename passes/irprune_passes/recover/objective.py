@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
@@ -78,6 +79,7 @@ class Objective:
         classes: Axis of the first output that holds the scores of the classes.
         task_loss: The task's loss; it may be missing if its weight is 0.
         positions: What counts, as :attr:`irprune.ir.facts.Task.positions`.
+        scales: What the distance at each place is divided by; none: by the batch's own mean squares.
     """
 
     loss: float
@@ -87,6 +89,7 @@ class Objective:
     classes: int
     task_loss: Callable[[Any, Any], Any] | None
     positions: Callable[[Any], Any] | None
+    scales: tuple[torch.Tensor, ...] | None = None
 
     def parts(
         self, outputs: Any, inner: list[torch.Tensor], teacher: tuple[Any, list[torch.Tensor]] | None, batch: Any
@@ -96,19 +99,23 @@ class Objective:
         if self.loss:
             assert self.task_loss is not None
             out["loss"] = self.task_loss(outputs, batch)
+        counts = self.counts(batch)
         if teacher is not None and self.logits:
-            counts = self.positions(batch) if self.positions is not None else None
             out["logits"] = divergence(_scores(outputs), _scores(teacher[0]), self.temperature, self.classes, counts)
         if teacher is not None and self.hidden:
-            out["hidden"] = distance(inner, teacher[1])
+            out["hidden"] = distance(inner, teacher[1], counts, self.scales)
         return out
+
+    def counts(self, batch: Any) -> torch.Tensor | None:
+        """Which positions of a batch count; ``None`` where all do."""
+        return self.positions(batch) if self.positions is not None else None
 
     def total(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack([getattr(self, name) * value for name, value in parts.items()]).sum()
 
     def weight(self, batch: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         """How much a batch counts among others: its positions in the loss, else its samples."""
-        counts = self.positions(batch) if self.positions is not None else None
+        counts = self.counts(batch)
         if counts is not None:
             return int(counts.sum())
         first = next((leaf for leaf in pytree.tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor) and leaf.ndim), None)
@@ -122,6 +129,26 @@ def _scores(outputs: Any) -> torch.Tensor:
     return found
 
 
+def check_classes(program: Program, classes: int) -> None:
+    """Refuse an axis that the scores do not have.
+
+    Raises:
+        OptionError: It is out of range.
+    """
+    (output,) = (node for node in program.nodes if node.op == "output")
+    leaves = (leaf.meta.get("val") for leaf in pytree.tree_leaves(output.args[0]) if isinstance(leaf, fx.Node))
+    scores = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
+    if scores is None or -scores.ndim <= classes < scores.ndim:
+        return
+    if scores.ndim == 0:
+        raise OptionError("the first output is a single number and has no axis of classes", where="pass recover", hint="use logits=0")
+    raise OptionError(
+        f"option 'classes': {classes} is no axis of the first output, which has {scores.ndim}",
+        where="pass recover",
+        hint=f"give a whole number from {-scores.ndim} to {scores.ndim - 1}",
+    )
+
+
 def divergence(
     student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0, classes: int = -1, counts: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -133,10 +160,33 @@ def divergence(
     return temperature**2 * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def distance(student: list[torch.Tensor], teacher: list[torch.Tensor]) -> torch.Tensor:
-    """Mean squared error over the teacher's mean square, the mean over the places that are compared."""
+def distance(
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    counts: torch.Tensor | None = None,
+    scales: Sequence[torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Mean squared error over the teacher's mean square, the mean over the places that are compared.
+
+    Args:
+        student: A value for each place.
+        teacher: The same of the teacher.
+        counts: What counts, over the leading axes; a value with other ones counts whole.
+        scales: The mean square of each place; none: that of these values.
+    """
+    squares = mean_squares(teacher, counts) if scales is None else scales
     each = [
-        functional.mse_loss(s.float(), t.float()) / t.float().square().mean().clamp_min(1e-12)
-        for s, t in zip(student, teacher, strict=True)
+        functional.mse_loss(counted(s, counts).float(), counted(t, counts).float()) / square.clamp_min(1e-12)
+        for s, t, square in zip(student, teacher, squares, strict=True)
     ]
     return torch.stack(each).mean()
+
+
+def mean_squares(values: Sequence[torch.Tensor], counts: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The mean square of each value, over the positions that count."""
+    return [counted(value, counts).float().square().mean() for value in values]
+
+
+def counted(value: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor:
+    """The positions of an inner value that count; all of them where its leading axes are not those of the mask."""
+    return value if counts is None or value.shape[: counts.ndim] != counts.shape else value[counts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +22,11 @@ from irprune.ir.program import Program, set_tensor
 from irprune.pipeline.passes import Facts, Pass, Result
 from irprune.pipeline.progress import track
 from irprune.rules.infer import typed
+from irprune_passes.given import refuse_void
 from irprune_passes.lora.adapters import adapters
 from irprune_passes.recover import state
 from irprune_passes.recover.engine import Engine
-from irprune_passes.recover.objective import Objective, Teacher
+from irprune_passes.recover.objective import Objective, Teacher, check_classes, mean_squares
 
 STATE = "recover.safetensors"
 
@@ -66,8 +68,8 @@ class Recover(Pass):
     After::   the same operations with other weights, and the fact ``Recovery``
 
     Raises:
-        DataError: There is no data or no loss, or the objective is not finite.
-        OptionError: There is nothing to train.
+        DataError: There is no data or no loss, the weights are not in memory, or the objective is not finite.
+        OptionError: There is nothing to train, or an option does not fit the program.
     """
 
     name: ClassVar[str] = "recover"
@@ -78,18 +80,18 @@ class Recover(Pass):
     train: Literal["auto", "lora", "all", "norms_and_biases"] = Field(
         "auto", description="Which parameters; auto: adapters where there are any, else all; norms_and_biases: those of one axis."
     )
-    loss: float = Field(1.0, ge=0, description="Weight of the task's loss.")
-    logits: float = Field(0.0, ge=0, description="Weight of the divergence from the unpruned program's class scores.")
-    hidden: float = Field(0.0, ge=0, description="Weight of the distance from the unpruned program's inner values.")
-    temperature: float = Field(1.0, gt=0, description="Divides the class scores that are compared.")
+    loss: float = Field(1.0, ge=0, allow_inf_nan=False, description="Weight of the task's loss.")
+    logits: float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of the divergence from the unpruned program's class scores.")
+    hidden: float = Field(0.0, ge=0, allow_inf_nan=False, description="Weight of the distance from the unpruned program's inner values.")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Divides the class scores that are compared.")
     classes: int = Field(-1, description="Axis of the first output that holds class scores.")
     data: Path | None = Field(None, description="A file of training data, read as calibration data is; none: the calibration data.")
-    epochs: float = Field(2.0, gt=0, description="How often the data is walked over.")
+    epochs: float = Field(2.0, gt=0, allow_inf_nan=False, description="How often the data is walked over.")
     steps: int | None = Field(None, ge=1, description="Instead: exactly so many steps.")
     accumulate: int = Field(1, ge=1, description="Micro-batches in a step, of each process.")
-    lr: float = Field(1e-4, gt=0, description="Highest learning rate; AdamW.")
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="Highest learning rate; AdamW.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Part of the steps in which the rate rises; then it falls as a cosine, to 0.")
-    weight_decay: float = Field(0.0, ge=0, description="Of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Of AdamW.")
     clip: float | None = Field(1.0, gt=0, description="Largest norm of the gradient of a step.")
     held_out: float = Field(0.1, ge=0, lt=1, description="Part of the batches that is held out; 0: the last parameters are returned.")
     evaluate_every: int | None = Field(None, ge=1, description="Steps between evaluations; none: a tenth of all.")
@@ -106,6 +108,13 @@ class Recover(Pass):
     def _check_together(self) -> Recover:
         if not (self.loss or self.logits or self.hidden):
             raise ValueError("one of `loss`, `logits` and `hidden` must have a weight")
+        void = {
+            "patience": "held_out=0, which evaluates nothing" if not self.held_out else None,
+            "epochs": "`steps`, which says how long to train" if self.steps is not None else None,
+            "temperature": "logits=0, which compares no class scores" if not self.logits else None,
+            "classes": "logits=0, which compares no class scores" if not self.logits else None,
+        }
+        refuse_void(self, void)
         return self
 
     def run(self, program: Program, facts: Facts) -> Result:
@@ -143,6 +152,8 @@ class _Training:
 
     def __init__(self, options: Recover, program: Program, facts: Facts) -> None:
         self.options = options
+        _check_file(options.state)
+        _check_data(program)
         self.task = _task(options, facts.get(Task))
         self.seed = options.seed if options.seed is not None else self.task.seed
         self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
@@ -163,6 +174,9 @@ class _Training:
         if options.logits or options.hidden:
             if original is None:
                 raise OptionError("there is no original program to compare with", where="pass recover", hint="use logits=0 hidden=0")
+            _check_data(original.program)
+            if options.logits:
+                check_classes(original.program, options.classes)
             self.teacher = Teacher(original.program, program, facts.get(PruneReport), hidden=options.hidden > 0, device=self.device)
         points = self.teacher.points if self.teacher is not None else []
         self.engine = Engine(program, points, segments=options.segments, device=self.device, dropout=True)
@@ -185,6 +199,8 @@ class _Training:
     def run(self) -> tuple[dict[str, torch.Tensor], state.Log]:
         """The best parameters, and what happened."""
         self._agree()
+        if self.teacher is not None and self.options.hidden:
+            self.objective = dataclasses.replace(self.objective, scales=self._scales(self.teacher))
         best = {name: tensor.detach().clone() for name, tensor in self.trained.items()}
         found = state.load(self.file, self.key, self.trained, best, self.optimiser) if self.file is not None else None
         log = found or state.Log()
@@ -303,6 +319,20 @@ class _Training:
             distributed.all_reduce(sums)
         return float(sums[0] / sums[1]) if sums[1] else math.inf
 
+    def _scales(self, teacher: Teacher) -> tuple[torch.Tensor, ...]:
+        """The teacher's mean square at each place, on the batches of the first step: the same for every micro-batch."""
+        sums, whole = [torch.zeros((), device=self.device) for _ in teacher.points], 0
+        for place in self._places(0):
+            batch = _moved(self.batches[self._at(place)], self.device)
+            args, kwargs = self._inputs(batch)
+            weight = self.objective.weight(batch, args, kwargs)
+            if weight:
+                with _seeded(self.seed, place, self.device), self._autocast():
+                    _, values = teacher(args, kwargs)
+                found = mean_squares(values, self.objective.counts(batch))
+                sums, whole = [total + weight * square for total, square in zip(sums, found, strict=True)], whole + weight
+        return tuple(total / max(1, whole) for total in sums)
+
     # -- which batches ----------------------------------------------------------------------------
 
     def _places(self, step: int) -> range:
@@ -340,6 +370,31 @@ def rate(step: int, total: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / (rising + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+
+def _check_file(path: Path | None) -> None:
+    """Refuse a place for the state where no file can be, before any work."""
+    if path is not None and path.is_dir():
+        raise OptionError(f"option 'state': {path} is a directory", where="pass recover", hint=f"name a file, as state={path / STATE}")
+    above = next((folder for folder in path.parents if folder.exists()), None) if path is not None else None
+    if above is not None and not above.is_dir():
+        raise OptionError(f"option 'state': {above} is no directory", where="pass recover", hint="name a file in a directory")
+
+
+def _check_data(program: Program) -> None:
+    """Refuse a program whose weights are not in memory."""
+    name = next((name for name, tensor in program.tensors.items() if tensor.is_meta), None)
+    if name is None:
+        return
+    if program.source is not None:
+        raise DataError(
+            f"training needs the weights in memory, and {name} lies in its file",
+            where="pass recover",
+            hint="load the model without lazy=true, or use `repair`, which reads weights from their files",
+        )
+    raise DataError(
+        f"{name} is on the meta device and has no values to train", where="pass recover", hint="load the model with its weights"
+    )
 
 
 def _task(options: Recover, task: Task | None) -> Task:

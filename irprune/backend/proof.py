@@ -115,17 +115,27 @@ class Double(Run):
         return pytree.tree_map(double, (args, kwargs))
 
 
+def wide_tensor(value: Any) -> Any:
+    """A tensor of half precision in float32; anything else is returned as it is."""
+    return value.to(widened(value.dtype)) if isinstance(value, torch.Tensor) else value
+
+
+def needs_half(program: Program) -> fx.Node | None:
+    """The first operation that wants half precision, or reads the bytes of numbers: with it a program is not widened."""
+    fixed = (torch.ops.aten._grouped_mm.default, torch.ops.aten.view.dtype)
+    return next((node for node in program.nodes if node.target in fixed), None)
+
+
 def may_widen(program: Program, flat: list[Any]) -> bool:
     """Whether a program has half precision, and no operation that wants it or reads its bytes."""
     held = [*program.tensors.values(), *(value for value in flat if isinstance(value, torch.Tensor))]
-    fixed = (torch.ops.aten._grouped_mm.default, torch.ops.aten.view.dtype)
-    return any(tensor.dtype is not widened(tensor.dtype) for tensor in held) and not any(node.target in fixed for node in program.nodes)
+    return any(tensor.dtype is not widened(tensor.dtype) for tensor in held) and needs_half(program) is None
 
 
 def wide_inputs(program: Program, flat: list[Any]) -> tuple[list[Any], bool]:
     """Flat inputs for a :class:`Run`, and whether it is to be wide: where the program has half precision and may be widened."""
     wide = may_widen(program, flat)
-    return [value.to(widened(value.dtype)) if wide and isinstance(value, torch.Tensor) else value for value in flat], wide
+    return [wide_tensor(value) if wide else value for value in flat], wide
 
 
 class Masked(Run):

@@ -299,6 +299,59 @@ def test_half_precision_is_trained_in_single_precision() -> None:
     assert not same(result.program, program)
 
 
+class Narrow(nn.Module):
+    """A norm in float32 between halves, as language models write it: a cast down stands in the graph."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("scale", torch.linspace(0.3, 1.7, 8))
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).float()
+        h = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6)).to(self.dtype)
+        return self.head(h * self.scale + torch.full((8,), 0.1, dtype=self.dtype, device=x.device))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_single_precision_is_that_of_the_same_weights_in_float32(half: torch.dtype, precision: str) -> None:
+    """Weights that are trained and that are not, inputs, casts and the teacher: the losses are those of a model in float32."""
+    x = torch.linspace(-1, 1, 8).view(2, 4)
+    runs = []
+    for dtype in (half, torch.float32):
+        model = toys.program(Narrow(half).to(half), x.to(half)) if dtype is half else None
+        if model is None:
+            wide = Narrow(torch.float32)
+            wide.load_state_dict({name: tensor.detach().float() for name, tensor in runs[0][1].tensors.items()})
+            model = toys.typed(toys.trace(wide.eval(), (x,)))
+        data = [(given.to(half).to(dtype), wanted.to(half).to(dtype)) for given, wanted in batches()]
+        about = Task("toy.py", calibration=lambda data=data: data, inputs=Binding(["x"], model.interface), loss=task().loss)  # type: ignore[misc]
+        teacher = model.clone()
+        one = Recover(lr=1e-2, steps=4, logits=0.5, train="norms_and_biases", precision=precision, device="cpu")  # type: ignore[arg-type]
+        (found,) = one.run(model, Facts([about, Original(toys.typed(teacher))])).facts
+        runs.append((found.runs[0], model))  # type: ignore[attr-defined]
+    (narrow, _), (single, _) = runs
+    assert narrow["parts"]["loss"] == pytest.approx(single["parts"]["loss"], rel=1e-6)
+    assert narrow["parts"]["logits"] == pytest.approx(single["parts"]["logits"], rel=1e-4, abs=1e-9)
+
+
+def test_bytes_that_are_read_keep_their_type() -> None:
+    class Bytes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.get_parameter("w") * (x.view(torch.int16) & 1)
+
+    model = Bytes()
+    model.register_parameter("w", nn.Parameter(torch.ones(4, dtype=torch.bfloat16)))
+    program = toys.program(model, torch.ones(2, 4, dtype=torch.bfloat16))
+    data = [(torch.ones(2, 4, dtype=torch.bfloat16), torch.zeros(2, 4, dtype=torch.bfloat16))] * 2
+    facts = Facts([Task("toy.py", calibration=lambda: data, inputs=Binding(["x"], program.interface), loss=task().loss)])
+    with pytest.raises(OptionError, match=r"%view.*: option 'precision': float32 is not possible, aten::view needs the types"):
+        Recover(precision="float32").run(program, facts)
+    Recover(steps=1, held_out=0, device="cpu").run(program, facts)
+
+
 def test_what_cannot_be_trained_says_so() -> None:
     program, _ = smaller()
     with pytest.raises(DataError, match="training needs calibration data"):

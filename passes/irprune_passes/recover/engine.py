@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from irprune.analysis.cost import hints
+from irprune.backend.proof import wide_tensor, widened
 from irprune.ir.dims import as_size
 from irprune.ir.program import Program, copied, module_path
 from irprune_passes.cuts import unsafe_cuts
@@ -38,15 +39,27 @@ class Engine:
             the backward pass; 1 keeps everything.
         device: Where it runs: devices that the trace has written into operations are replaced.
         dropout: Draw what the adapters' dropout drops.
+        wide: Compute in float32 what the trace has in half precision: inputs and casts are widened. The tensors
+            are the caller's.
     """
 
     def __init__(
-        self, program: Program, capture: Sequence[str] = (), *, segments: int = 1, device: torch.device | None = None, dropout: bool = False
+        self,
+        program: Program,
+        capture: Sequence[str] = (),
+        *,
+        segments: int = 1,
+        device: torch.device | None = None,
+        dropout: bool = False,
+        wide: bool = False,
     ) -> None:
         self._graph = copied(program.module.graph)
         nodes = {node.name: node for node in self._graph.nodes}
         if device is not None:
             relocate(self._graph, device)
+        self._wide = wide
+        if wide:
+            _replace(self._graph, widened)
         for node in nodes.values():
             if dropout and node.target is torch.ops.aten.dropout.default:
                 node.args = (*node.args[:2], True)
@@ -68,6 +81,8 @@ class Engine:
             kwargs: Inputs by keyword.
         """
         flat = pytree.tree_leaves((args, dict(kwargs)))
+        if self._wide:
+            flat = [wide_tensor(value) for value in flat]
         values: dict[fx.Node, Any] = dict(zip(self._inputs, flat, strict=True))
 
         def look_up(node: fx.Node) -> Any:
@@ -112,14 +127,15 @@ def _run(segment: _Segment, tensors: Mapping[str, torch.Tensor], *given: Any) ->
 
 def relocate(graph: fx.Graph, device: torch.device) -> None:
     """Replace every device that is written into an operation."""
+    _replace(graph, lambda value: device if isinstance(value, torch.device) else value)
 
-    def moved(value: Any) -> Any:
-        return device if isinstance(value, torch.device) else value
 
+def _replace(graph: fx.Graph, change: Callable[[Any], Any]) -> None:
+    """Change what is written into operations: each leaf of their arguments."""
     for node in graph.nodes:
         if node.op == "call_function":
-            node.args = fx.node.map_aggregate(node.args, moved)
-            node.kwargs = fx.node.map_aggregate(node.kwargs, moved)
+            node.args = fx.node.map_aggregate(node.args, change)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, change)
 
 
 # -- where few values are alive -------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from irprune.analysis.cost import hints
 from irprune.analysis.groups import discover
 from irprune.backend.checkpoint import Recipe, shapes
+from irprune.backend.proof import wide_tensor
 from irprune.backend.rewrite import Shrink, shape_of
 from irprune.errors import DataError, OptionError
 from irprune.ir.facts import PruneReport
@@ -31,9 +32,12 @@ class Teacher:
         report: What was removed from the one to get the other; ``None`` if nothing was.
         hidden: Whether values along the trunk are wanted.
         device: Where it runs.
+        wide: Compute in float32 what the trace has in half precision.
     """
 
-    def __init__(self, original: Program, pruned: Program, report: PruneReport | None, *, hidden: bool, device: torch.device) -> None:
+    def __init__(
+        self, original: Program, pruned: Program, report: PruneReport | None, *, hidden: bool, device: torch.device, wide: bool = False
+    ) -> None:
         original = original if original.types is not None else typed(original)
         self.points: list[str] = []
         self._axes: list[Axes] = []
@@ -41,8 +45,9 @@ class Teacher:
             keep = {} if report is None else Recipe(report.keep, shapes(original)).masks(original, discover(original))
             self._shrink = Shrink(original.typing, keep, hints(original))
             self._find(original, pruned)
-        self._engine = Engine(original, self.points, device=device)
-        self._tensors = {name: tensor.detach().to(device) for name, tensor in original.tensors.items()}
+        self._engine = Engine(original, self.points, device=device, wide=wide)
+        held = {name: tensor.detach().to(device) for name, tensor in original.tensors.items()}
+        self._tensors = {name: wide_tensor(tensor) if wide else tensor for name, tensor in held.items()}
 
     def _find(self, original: Program, pruned: Program) -> None:
         """The values of the trunk that both programs have, by their names: removal keeps them."""

@@ -16,12 +16,14 @@ from pydantic import Field, model_validator
 from torch import distributed
 from torch.utils import _pytree as pytree
 
+from irprune.backend.proof import needs_half, wide_tensor, widened
 from irprune.errors import DataError, OptionError
 from irprune.ir.facts import Fact, Note, Original, PruneReport, Task, Workspace
 from irprune.ir.program import Program, set_tensor
 from irprune.pipeline.passes import Facts, Pass, Result
 from irprune.pipeline.progress import track
 from irprune.rules.infer import typed
+from irprune.rules.registry import op_name
 from irprune_passes.given import refuse_void
 from irprune_passes.lora.adapters import adapters
 from irprune_passes.recover import state
@@ -98,7 +100,9 @@ class Recover(Pass):
     patience: int | None = Field(None, ge=1, description="Stop after so many evaluations in a row without a better one.")
     segments: int = Field(1, ge=1, description="Gradient checkpointing: keep activations at the borders of so many segments only.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the arithmetic, by autocast; auto: bfloat16 on a GPU that has it."
+        "auto",
+        description="Of the arithmetic. bfloat16: by autocast; float32: also where weights or casts of the model are in half precision; "
+        "auto: bfloat16 on a GPU that has it, else float32.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train; auto: a GPU where there is one.")
     state: Path | None = Field(None, description="Where the state is kept for going on; none: where --resume finds it (one process).")
@@ -160,12 +164,14 @@ class _Training:
         self.device = _device(options.device, program)
         self.batches, self.held = _data(options, self.task)
         names = _trainable(options.train, program)
-        fixed = {name: tensor.detach().to(self.device) for name, tensor in program.tensors.items()}
-        self.types = {name: fixed[name].dtype for name in names}
-        self.fixed = fixed
+        self.wide = self._widens(program)
+        held = {name: self._widened(tensor.detach().to(self.device)) for name, tensor in program.tensors.items()}
+        self.types = {name: held[name].dtype for name in names}
         self.trained = {
-            name: fixed[name].to(torch.promote_types(fixed[name].dtype, torch.float32), copy=True).requires_grad_() for name in names
+            name: (tensor := held.pop(name)).to(torch.promote_types(tensor.dtype, torch.float32), copy=True).requires_grad_()
+            for name in names
         }
+        self.fixed = held
         self.objective = Objective(
             options.loss, options.logits, options.hidden, options.temperature, options.classes, self.task.loss, self.task.positions
         )
@@ -177,10 +183,17 @@ class _Training:
             _check_data(original.program)
             if options.logits:
                 check_classes(original.program, options.classes)
-            self.teacher = Teacher(original.program, program, facts.get(PruneReport), hidden=options.hidden > 0, device=self.device)
+            self.teacher = Teacher(
+                original.program,
+                program,
+                facts.get(PruneReport),
+                hidden=options.hidden > 0,
+                device=self.device,
+                wide=self._widens(original.program),
+            )
         points = self.teacher.points if self.teacher is not None else []
-        self.engine = Engine(program, points, segments=options.segments, device=self.device, dropout=True)
-        self.tester = Engine(program, points, device=self.device)
+        self.engine = Engine(program, points, segments=options.segments, device=self.device, dropout=True, wide=self.wide)
+        self.tester = Engine(program, points, device=self.device, wide=self.wide)
         self.optimiser = torch.optim.AdamW(self.trained.values(), lr=options.lr, weight_decay=options.weight_decay)
         whole = len(self.batches) / (options.accumulate * self.world)
         self.total = options.steps if options.steps is not None else max(1, math.ceil(options.epochs * whole))
@@ -302,7 +315,8 @@ class _Training:
         with self._autocast():
             outputs, inner = engine(tensors, args, kwargs)
             teacher = self.teacher(args, kwargs) if self.teacher is not None else None
-        return self.objective.parts(outputs, inner, teacher, batch)
+        # Targets are widened with the outputs: a loss may take one type only.
+        return self.objective.parts(outputs, inner, teacher, pytree.tree_map_only(torch.Tensor, self._widened, batch))
 
     def _held_out(self) -> float:
         """The objective on the held-out batches."""
@@ -349,6 +363,10 @@ class _Training:
         assert self.task.inputs is not None
         return self.task.inputs(batch)
 
+    def _widened(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor in the type of the arithmetic."""
+        return wide_tensor(tensor) if self.wide else tensor
+
     # -- surroundings -----------------------------------------------------------------------------
 
     def _agree(self) -> None:
@@ -358,10 +376,27 @@ class _Training:
                 distributed.broadcast(tensor.data, 0)
 
     def _autocast(self) -> Any:
-        wanted = self.options.precision
-        if wanted == "auto":
-            wanted = "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-        return torch.autocast(self.device.type, torch.bfloat16) if wanted == "bfloat16" else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16) if self._precision == "bfloat16" else contextlib.nullcontext()
+
+    @property
+    def _precision(self) -> str:
+        if self.options.precision != "auto":
+            return self.options.precision
+        return "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+    def _widens(self, program: Program) -> bool:
+        """Whether a program computes in half precision somewhere and is to do it in float32."""
+        values = (leaf for node in program.nodes for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, torch.Tensor))
+        if self._precision != "float32" or all(widened(value.dtype) is value.dtype for value in values):
+            return False
+        node = needs_half(program)
+        if node is not None and self.options.precision == "float32":
+            raise OptionError(
+                f"option 'precision': float32 is not possible, {op_name(node.target)} needs the types of the trace",
+                where=f"pass recover, %{node.name}",
+                hint="use precision=auto, or load the model in float32",
+            )
+        return node is None
 
 
 def rate(step: int, total: int, warmup: float) -> float:

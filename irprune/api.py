@@ -340,6 +340,8 @@ def evaluate(
     name = os.fspath(target) if isinstance(target, str | os.PathLike) else type(target).__name__
     if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
         tokenizer = evaluation.tokenizer_of(name, None if tokenizer is None else os.fspath(tokenizer), **options)
+    if place is not None:
+        tokenizer = evaluation.as_trimmed(tokenizer, name)
     with tempfile.TemporaryDirectory(prefix="irprune-") as scratch:
         if folder is not None:
             predict, used = evaluation.of_run(folder, backend)

@@ -12,6 +12,7 @@ from typing import Any
 from irprune.errors import DataError, OptionError, TargetError
 from irprune.evaluate.perplexity import WINDOW, Perplexity, perplexity, read_text, tokenised
 from irprune.evaluate.predictor import Predictor
+from irprune.evaluate.renumbered import Renumbered, kept_ids
 from irprune.evaluate.tasks import Accuracy, Document, accuracy, averages, documents, lm_eval
 from irprune.ir.program import Program
 from irprune.pipeline import manifest
@@ -102,9 +103,18 @@ def evaluated(predict: Predictor, tokenizer: Any, questions: Questions, *, targe
 
 
 def of_program(program: Program, backend: str, scratch: Path) -> tuple[Predictor, str]:
-    """A program as a predictor; for onnxruntime it is exported into ``scratch`` first."""
+    """A program as a predictor; for onnxruntime it is exported into ``scratch`` first.
+
+    Raises:
+        TargetError: The program has no weights.
+        OptionError: They are not in memory, and onnxruntime is to run them.
+    """
+    if not program.has_data:
+        raise TargetError("the model has no weights, so there is nothing to measure", hint="leave out meta=true")
     if backend != "onnx":
         return Predictor.of(program), "torch"
+    if program.source is not None:
+        raise OptionError("an ONNX file needs the weights in memory", where="--backend", hint="leave out lazy=true, or ask torch")
     from irprune.backend.onnx import export
 
     with doing("export"):
@@ -141,11 +151,9 @@ def tokenizer_of(target: str, given: str | None, **options: Any) -> Any:
     """
     from irprune.frontend.hf_checkpoint import Checkpoint, tokenizer_at
 
-    folder = Path(target)
-    if folder.suffix == ".onnx" and (folder.parent / manifest.NAME).is_file():
-        folder = folder.parent
-    if given is None and not target.startswith("hf:") and folder.is_dir():
-        target = manifest.Manifest.read(folder).target
+    run = run_of(target)
+    if given is None and run is not None:
+        target = manifest.Manifest.read(run).target
     code = bool(options.get("trust_remote_code"))
     with quiet_transformers():
         if given is not None:
@@ -157,6 +165,27 @@ def tokenizer_of(target: str, given: str | None, **options: Any) -> Any:
     if found is None:
         raise TargetError(f"there is no tokenizer: {reason}", where=given or target, hint="name the directory of one with --tokenizer")
     return found
+
+
+def run_of(target: str) -> Path | None:
+    """The run directory that a target is, or that the ONNX file lies in; ``None`` for any other target."""
+    folder = Path(target)
+    if folder.suffix == ".onnx" and (folder.parent / manifest.NAME).is_file():
+        return folder.parent
+    return folder if not target.startswith("hf:") and folder.is_dir() else None
+
+
+def as_trimmed(tokenizer: Any, target: str) -> Any:
+    """A tokenizer that gives the ids of a run whose vocabulary was cut; the same one for any other target.
+
+    A tokenizer of just as many tokens as were kept was made for them, and gives their ids itself.
+
+    Raises:
+        DataError: The run does not say which tokens were kept.
+    """
+    run = run_of(target)
+    kept = kept_ids(run) if run is not None else None
+    return tokenizer if kept is None or len(tokenizer) == len(kept) else Renumbered(tokenizer, kept)
 
 
 def named_texts(given: Sequence[str]) -> dict[str, Path]:

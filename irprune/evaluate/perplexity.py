@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from irprune.errors import DataError
+from irprune.errors import DataError, OptionError
+from irprune.evaluate.predictor import Predictor
 from irprune.pipeline.progress import track
 
 WINDOW = 128
@@ -64,12 +65,16 @@ def perplexity(
 
     Raises:
         DataError: The text is too short for one window, or the model gives no numbers.
+        OptionError: The windows are longer than what the model reads.
     """
     count = len(tokens) // window if window > 1 else 0
     count = count if windows is None else min(count, windows)
     if count < 1:
         raise DataError(f"the text has {len(tokens)} tokens, which is no window of {window}", hint="give a longer text, or shorter windows")
     rows = tokens[: count * window].reshape(count, window)
+    most = predict.reach(rows[0]) if isinstance(predict, Predictor) else window
+    if most < window:
+        raise OptionError(f"a window has {window} tokens, the model reads {most} at most", where="--window", hint=f"give {most} or less")
     total = 0.0
     with torch.inference_mode():
         for part in track(rows.split(batch), label):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
-from irprune.errors import DataError, TargetError
-from irprune.ir.program import Program
+from irprune.errors import DataError, IrpruneError, TargetError
+from irprune.frontend.blame import first_line
+from irprune.ir.program import Program, Runner, graph_module
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -47,7 +49,7 @@ class Predictor:
     Attributes:
         ports: What the model reads.
         feed: Tensors by name to the outputs, in the order of the model.
-        most_tokens: Longest row that the model takes, where that is known.
+        most_tokens: Longest row that the model takes, where its own shapes say so; see :meth:`reach`.
         device: Where the model runs.
     """
 
@@ -92,6 +94,44 @@ class Predictor:
             )
         return logits[:rows, :length].float()
 
+    def reach(self, row: torch.Tensor) -> int:
+        """How many of a row's tokens, from its beginning, the model takes in one call.
+
+        A table of positions ends somewhere, and no interface says where; the model is asked, so that one
+        which computes its positions is not refused for what its configuration says of its training.
+
+        Args:
+            row: Token indices, int64 ``(tokens,)``.
+
+        Raises:
+            DataError: The model fails on a token, wherever it stands.
+        """
+        bounds = (len(row), self.tokens.shape[1], self.most_tokens)
+        most = min(bound for bound in bounds if bound is not None)
+        if self._failure(row[:most]) is None:
+            return most
+        takes, fails = 0, most
+        while fails - takes > 1:
+            middle = (takes + fails) // 2
+            takes, fails = (middle, fails) if self._failure(row[:middle]) is None else (takes, middle)
+        error = self._failure(row[takes:fails])
+        if error is not None:
+            raise DataError(
+                f"the model fails on token {int(row[takes])}: {first_line(error)}",
+                hint="evaluate with the tokenizer that the model was trained with (--tokenizer)",
+            ) from error
+        return takes
+
+    def _failure(self, row: torch.Tensor) -> Exception | None:
+        """What the model raises on a row; lack of memory is not the row's fault."""
+        try:
+            self(row[None])
+        except (IrpruneError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # torch and onnxruntime share no narrower base
+            return error
+        return None
+
     def _value(self, port: Port, ids: torch.Tensor) -> torch.Tensor:
         if port is self.tokens or port.name == self.tokens.name:
             return ids.to(port.dtype)
@@ -107,10 +147,17 @@ class Predictor:
 
     @classmethod
     def of(cls, program: Program) -> Predictor:
-        """A program in torch."""
+        """A program in torch; one whose weights lie in files reads each when it is needed."""
         from irprune.backend.archive import to_exported
 
-        return cls.exported(to_exported(program))
+        if program.source is None:
+            return cls.exported(to_exported(program))
+        names = list(program.interface.inputs)
+
+        def call(given: list[Any]) -> Any:
+            return Runner(program).run(*given, enable_io_processing=False)
+
+        return cls._torch(program.by_name, names, pytree.tree_leaves(program.interface.example), call)
 
     @classmethod
     def archive(cls, path: Path) -> Predictor:
@@ -123,33 +170,48 @@ class Predictor:
     def exported(cls, program: ExportedProgram) -> Predictor:
         """An exported program in torch, on a GPU where there is one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        looked_up = None
         if device != "cpu":
             from torch.export.passes import move_to_device_pass
 
+            looked_up = _look_ups(program)
             program = move_to_device_pass(program, device)
-        values = {node.name: node.meta["val"] for node in program.graph.find_nodes(op="placeholder")}
+        nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
         names = [str(name) for name in program.graph_signature.user_inputs]
-        ports = tuple(
-            Port(name, values[name].dtype, tuple(size if isinstance(size, int) else None for size in values[name].shape))
-            for name in names
-            if isinstance(values.get(name), torch.Tensor)
-        )
         module, spec = program.module(), program.call_spec.in_spec
-        leaves = pytree.tree_leaves(program.example_inputs)
 
-        def feed(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
-            given = [tensors[name].to(device) if name in tensors else leaf for name, leaf in zip(names, leaves, strict=True)]
-            args, kwargs = pytree.tree_unflatten(given, spec)
-            with torch.inference_mode():
-                return [leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(module(*args, **kwargs))]
+        def call(given: list[Any]) -> Any:
+            if looked_up is not None:
+                looked_up(*given)
+            args, kwargs = pytree.tree_unflatten([leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf for leaf in given], spec)
+            return module(*args, **kwargs)
 
-        made = cls(ports, feed, device=device)
-        size = values[made.tokens.name].shape[1]
+        made = cls._torch(nodes, names, pytree.tree_leaves(program.example_inputs), call)
+        size = nodes[made.tokens.name].meta["val"].shape[1]
         most = None
         if isinstance(size, torch.SymInt):
             limits = program.range_constraints.get(size.node.expr)
             most = int(limits.upper) if limits is not None and limits.upper.is_Integer and limits.upper < 2**31 else None
-        return dataclasses.replace(made, most_tokens=most)
+        return dataclasses.replace(made, most_tokens=most, device=device)
+
+    @classmethod
+    def _torch(
+        cls, nodes: Mapping[str, fx.Node], names: Sequence[str], leaves: Sequence[Any], call: Callable[[list[Any]], Any]
+    ) -> Predictor:
+        """A function of flat inputs, whose names and example values are given."""
+        values = {name: nodes[name].meta["val"] for name in names if name in nodes}
+        ports = tuple(
+            Port(name, value.dtype, tuple(size if isinstance(size, int) else None for size in value.shape))
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor)
+        )
+
+        def feed(tensors: Mapping[str, torch.Tensor]) -> list[Any]:
+            given = [tensors.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
+            with torch.inference_mode():
+                return [leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf for leaf in pytree.tree_leaves(call(given))]
+
+        return cls(ports, feed)
 
     @classmethod
     def onnx(cls, path: Path, *, threads: int = 0) -> Predictor:
@@ -195,3 +257,26 @@ _DTYPES = {"tensor(int64)": torch.int64, "tensor(int32)": torch.int32, "tensor(b
 def _accompanies(port: Port) -> bool:
     """Whether an integer input says something about the tokens instead of being them."""
     return any(word in port.name for word in ("mask", "position", "type"))
+
+
+def _look_ups(program: ExportedProgram) -> fx.GraphModule:
+    """What a program looks up in tables, on the processor: flat inputs to rows.
+
+    An index beyond a table is an error there. On a GPU it ends all that the process may do with the GPU.
+    """
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(module.graph, copies)
+    computed = (torch.ops.aten.linear.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.matmul.default)
+    costly: set[fx.Node] = set()
+    found = []
+    for node in graph.nodes:
+        if node.target in computed or any(operand in costly for operand in node.all_input_nodes):
+            costly.add(node)
+        elif node.target is torch.ops.aten.embedding.default:
+            found.append(node)
+    graph.output(tuple(found))
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    return graph_module(module, graph)

@@ -336,7 +336,9 @@ def _adapter(harness: Any) -> Any:
 
         def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
             pairs = [(context, continuation) for _, context, continuation in requests]
-            return likelihoods(self._predict, pairs, longest=self._longest, batch_tokens=self._batch_tokens)
+            rows = [[*context, *continuation][-(self._longest + 1) : -1] for context, continuation in pairs]
+            longest = self._predict.reach(torch.tensor(max(rows, key=len)))
+            return likelihoods(self._predict, pairs, longest=longest, batch_tokens=self._batch_tokens)
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
             raise NotImplementedError("texts are measured by irprune.evaluate.perplexity")

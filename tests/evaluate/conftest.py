@@ -40,6 +40,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+PLACES = 24
+
+
+@pytest.fixture(scope="session")
+def with_places(checkpoint: Path, tokenizer: transformers.PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a table of positions, as a checkpoint."""
+    folder = tmp_path_factory.mktemp("with_places") / "tiny"
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=PLACES, initializer_range=0.3)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokenizer(checkpoint: Path) -> transformers.PreTrainedTokenizerFast:
     return transformers.AutoTokenizer.from_pretrained(checkpoint)

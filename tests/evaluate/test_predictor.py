@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PLACES, VOCAB
 from torch import nn
 
 from irprune import api
-from irprune.backend.archive import load_pt2, save_pt2
+from irprune.backend.archive import load_pt2, save_pt2, to_exported
 from irprune.backend.onnx import export
 from irprune.errors import DataError, TargetError
 from irprune.evaluate import Predictor
+from irprune.evaluate.predictor import _look_ups
 from irprune.ir.program import Program
 
 
@@ -67,6 +69,17 @@ def test_masks_are_given_and_fixed_sizes_are_padded(fixed: bool) -> None:
 def test_rows_longer_than_a_fixed_length_are_refused() -> None:
     with pytest.raises(DataError, match="the model reads 6 tokens, not 7"):
         Predictor.of(traced(fixed=True))(torch.zeros(1, 7, dtype=torch.int64))
+
+
+def test_look_ups_alone_fail_where_the_model_does(with_places: Path) -> None:
+    """What a GPU would not survive is tried on the processor: the tables alone, without the products."""
+    found = _look_ups(to_exported(api.load(f"hf:{with_places}")[0]))
+    assert {node.target for node in found.graph.nodes}.isdisjoint({torch.ops.aten.linear.default, torch.ops.aten.addmm.default})
+    tokens, places = found(torch.zeros(1, PLACES, dtype=torch.int64))
+    assert (tokens.shape, places.shape[-2]) == ((1, PLACES, 16), PLACES)
+    for row in (torch.zeros(1, PLACES + 1, dtype=torch.int64), torch.full((1, 2), VOCAB)):
+        with pytest.raises(IndexError):
+            found(row)
 
 
 class Summing(nn.Module):

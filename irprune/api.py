@@ -301,6 +301,7 @@ def evaluate(
     tasks_dir: str | os.PathLike[str] | None = None,
     backend: str = "auto",
     tokenizer: Any = None,
+    samples: str = "lines",
     window: int = WINDOW,
     windows: int | None = None,
     batch: int = 8,
@@ -318,6 +319,8 @@ def evaluate(
         tasks_dir: A directory of task files; all of them, where ``tasks`` names none.
         backend: ``torch``, ``onnx``, or ``auto``: torch where there is a program.
         tokenizer: A ``transformers`` tokenizer, or where one lies; the target's own if it has one.
+        samples: What a line of a ``.txt`` file is as a sample: ``lines``, ``rows`` or ``stripped``; see
+            :func:`irprune.evaluate.read_text`.
         window: Tokens in a window of text.
         windows: Most windows of each text.
         batch: Windows of text in one call.
@@ -330,7 +333,8 @@ def evaluate(
     """
     named = texts if isinstance(texts, Mapping) else evaluation.named_texts(texts)
     chosen = tasks if isinstance(tasks, Mapping) else tasks_named(tasks, Path(tasks_dir) if tasks_dir is not None else None)
-    questions = evaluation.Questions.read(named, chosen, window=window, windows=windows, batch=batch, limit=limit)
+    sizes = {"window": window, "windows": windows, "batch": batch, "limit": limit}
+    questions = evaluation.Questions.read(named, chosen, samples=samples, **sizes)
     if backend not in evaluation.BACKENDS:
         raise OptionError(f"there is no backend '{backend}'", hint=f"give {', '.join(evaluation.BACKENDS)}")
     place = Path(os.fspath(target)) if isinstance(target, str | os.PathLike) else None

@@ -184,6 +184,9 @@ def evaluate(
     tasks_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where tasks lie; all of them, where --tasks names none.")] = None,
     backend: Annotated[str, typer.Option(metavar="NAME", help="torch, onnx, or auto: torch where there is a program.")] = "auto",
     tokenizer: Annotated[str | None, typer.Option(metavar="PATH_OR_ID", help="A tokenizer in place of the target's own.")] = None,
+    samples: Annotated[
+        str, typer.Option(metavar="NAME", help="A line of a .txt file as a sample: lines, rows (with its newline) or stripped.")
+    ] = "lines",
     window: Annotated[int, typer.Option(help="Tokens in a window of text.")] = 128,
     windows: Annotated[int | None, typer.Option(help="Most windows of each text, from its beginning.")] = None,
     batch: Annotated[int, typer.Option(help="Windows of text in one call.")] = 8,
@@ -206,6 +209,7 @@ def evaluate(
             tasks_dir=tasks_dir,
             backend=backend,
             tokenizer=tokenizer,
+            samples=samples,
             window=window,
             windows=windows,
             batch=batch,

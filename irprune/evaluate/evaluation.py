@@ -84,9 +84,9 @@ class Questions:
             lm_eval()
 
     @classmethod
-    def read(cls, texts: Mapping[str, Path], tasks: Mapping[str, Path], **options: Any) -> Questions:
-        """Questions from files, with the options of the class."""
-        read = {name: read_text(path) for name, path in texts.items()}
+    def read(cls, texts: Mapping[str, Path], tasks: Mapping[str, Path], *, samples: str = "lines", **options: Any) -> Questions:
+        """Questions from files, with the options of the class; ``samples`` as :func:`read_text` takes it."""
+        read = {name: read_text(path, samples) for name, path in texts.items()}
         return cls(read, {name: documents(path) for name, path in tasks.items()}, **options)
 
 

@@ -19,6 +19,7 @@ from irprune.pipeline.progress import track
 
 WINDOW = 128
 KEYS = ("text", "sentence")
+SAMPLES = ("lines", "rows", "stripped")
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,29 @@ def tokenised(tokenizer: Any, text: str) -> torch.Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
+def read_text(path: str | os.PathLike[str], samples: str = "lines") -> str:
     """A text file's samples, joined with blank lines.
 
     The samples are the lines of a ``.txt`` file (empty ones too, as the data sets have them), the keys
     ``text`` or ``sentence`` in the lines of a ``.jsonl`` file, or the column of that name of a
     ``.parquet`` file.
 
+    Args:
+        path: The file.
+        samples: What a line of a ``.txt`` file is as a sample. ``lines``: the line without its newline, blanks
+            around it kept, and what follows the last newline, too. ``rows``: the line with its newline, or
+            nothing where it is blank, as the loader of ``wikitext`` gives it. ``stripped``: the line without
+            blanks around it, as that of ``ptb_text_only`` gives it. Other files say what their samples are.
+
     Raises:
         DataError: The file is not there, not of one of these forms, or empty.
+        OptionError: There are no such samples.
     """
+    if samples not in SAMPLES:
+        raise OptionError(f"there are no samples '{samples}'", where="--samples", hint=f"give {', '.join(SAMPLES)}")
     path = Path(path)
-    readers: dict[str, Callable[[Path], Iterable[str]]] = {".txt": _lines, ".jsonl": _json_lines, ".parquet": _parquet}
+    lines = {"lines": _lines, "rows": _rows, "stripped": _stripped}[samples]
+    readers: dict[str, Callable[[Path], Iterable[str]]] = {".txt": lines, ".jsonl": _json_lines, ".parquet": _parquet}
     if path.suffix not in readers:
         raise DataError(f"the text is a '{path.suffix}' file", where=str(path), hint=f"give a {', '.join(readers)} file")
     try:
@@ -120,6 +132,16 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 def _lines(path: Path) -> list[str]:
     return ["" if line.isspace() else line for line in path.read_text(encoding="utf-8").split("\n")]
+
+
+def _rows(path: Path) -> list[str]:
+    with path.open(encoding="utf-8") as file:
+        return ["" if line.isspace() else line for line in file]
+
+
+def _stripped(path: Path) -> list[str]:
+    with path.open(encoding="utf-8") as file:
+        return [line.strip() for line in file]
 
 
 def _json_lines(path: Path) -> Iterable[str]:

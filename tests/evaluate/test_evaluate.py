@@ -70,6 +70,19 @@ def test_the_table(checkpoint: Path, words: Path) -> None:
     assert lines[-1] == ["in", "torch", "on", "cpu"]
 
 
+def test_what_a_line_is_as_a_sample(checkpoint: Path, tokenizer: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("  a cat sat  \n" * 40)
+    count = {}
+    for samples in ("lines", "stripped"):
+        result = call("eval", f"hf:{checkpoint}", "--text", text, "--window", 16, "--samples", samples, "--json")
+        assert result.exit_code == 0, result.output
+        count[samples] = json.loads(result.stdout)["texts"]["text"]["windows"]
+        assert count[samples] == len(tokenised(tokenizer, read_text(text, samples))) // 16
+    assert count["lines"] > count["stripped"]
+    assert call("eval", f"hf:{checkpoint}", "--text", text, "--samples", "words").exit_code == 2
+
+
 def test_an_evaluation_is_saved_in_its_run(run: Path, words: Path) -> None:
     assert evaluation.read(run) is None
     result = call("eval", run, "--text", words, "--windows", 2, "--save", "--quiet")

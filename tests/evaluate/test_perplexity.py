@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from irprune.errors import DataError
+from irprune.errors import DataError, OptionError
 from irprune.evaluate import perplexity, read_text
 
 VOCAB = 8
@@ -77,6 +77,19 @@ def test_samples_are_joined_with_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"sentence": "two"}\n')
     assert read_text(tmp_path / "a.txt") == "one\n\n\n\ntwo\n\n"
     assert read_text(tmp_path / "a.jsonl") == "one\n\ntwo"
+
+
+def test_lines_as_the_loaders_of_data_sets_give_them(tmp_path: Path) -> None:
+    """``wikitext`` keeps the newline of a row with text, ``ptb_text_only`` strips; neither has a row after the last newline."""
+    (tmp_path / "a.txt").write_text(" one \n  \n two\x0b \n")
+    assert read_text(tmp_path / "a.txt") == read_text(tmp_path / "a.txt", "lines") == " one \n\n\n\n two\x0b \n\n"
+    assert read_text(tmp_path / "a.txt", "rows") == " one \n\n\n\n\n two\x0b \n"
+    assert read_text(tmp_path / "a.txt", "stripped") == "one\n\n\n\ntwo"
+    (tmp_path / "a.jsonl").write_text('{"text": " one "}\n')
+    assert read_text(tmp_path / "a.jsonl", "stripped") == " one "
+    with pytest.raises(OptionError, match="there are no samples 'words'") as caught:
+        read_text(tmp_path / "a.txt", "words")
+    assert caught.value.hint == "give lines, rows, stripped"
 
 
 def test_a_table_is_read(tmp_path: Path) -> None:

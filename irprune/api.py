@@ -458,7 +458,7 @@ def _run(
             "pipeline": unparse(step.of for step in timing.steps),
             "passes": manifest.applied(timing.steps),
             "model": {"before": _size(original), "after": _size(program)},
-            "notes": notes(original),
+            "notes": list(dict.fromkeys([*notes(original), *(task.said if task else ())])),
             **manifest.noted(found),
         }
     )

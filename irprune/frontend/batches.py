@@ -199,6 +199,13 @@ def _read_jsonl(path: Path) -> dict[str, torch.Tensor]:
         count += 1
         for name, value in sample.items():
             columns.setdefault(name, []).append(value)
+    worded = [name for name, values in columns.items() if any(isinstance(value, str) for value in values)]
+    if worded:
+        raise DataError(
+            f"the samples hold text under {', '.join(worded)}",
+            where=str(path),
+            hint="name it prompt and response, or text, and use an hf: target with a tokenizer; or give numbers by input name",
+        )
     try:
         return {name: torch.tensor(values) for name, values in columns.items()}
     except (ValueError, TypeError) as error:

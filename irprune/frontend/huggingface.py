@@ -121,6 +121,7 @@ def load(target: str, *, calibration: str | None = None, seed: int = 0, options:
         return program, (task, source)
     if file is not None:
         data = _parted(files.batches(Path(file)))
+        program = _noted(program, files.notes)
     else:
         data = _derived(reader, program, rows, options, seed)
     names = tuple(program.interface.example[1])
@@ -155,6 +156,7 @@ class _Files:
     tokenizer: Any | None
     options: Options
     seed: int
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     def batches(self, path: Path) -> list[Batch]:
         """All of a file, in its order.
@@ -177,7 +179,12 @@ class _Files:
             raise DataError("prompts and responses need a causal language model with a tokenizer", where=str(path), hint="give plain text")
         rows = sorted(text.masked(self.tokenizer, instructions, self.reader.length), key=lambda row: len(row[0]))
         if not rows:
-            raise DataError(f"no response begins within {self.reader.length} tokens", where=str(path), hint="raise `sequence`")
+            hint = "raise it with --set sequence"
+            raise DataError(f"no response begins within sequence={self.reader.length} tokens", where=str(path), hint=hint)
+        if len(rows) < len(instructions):
+            left = len(instructions) - len(rows)
+            why = f"their prompts fill sequence={self.reader.length} tokens; raise it with --set sequence"
+            self.notes.append(f"{left} of {len(instructions)} samples of {path.name} are left out: {why}")
         filler = next((token for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if token is not None), 0)
         dynamic = self.program.interface.dynamic[0]
         size, width = self.options.batch, None if 1 in dynamic else self.reader.length
@@ -207,6 +214,7 @@ def _with_data(
         evaluate=evaluate,
         positions=objective.positions,
         read=other,
+        said=files.notes,
     )
 
 

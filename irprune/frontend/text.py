@@ -29,13 +29,10 @@ def read(path: Path) -> str | None:
     except UnicodeDecodeError as error:
         raise DataError(f"not a text in UTF-8: {error}", where=str(path), hint="convert it to UTF-8") from error
     if path.suffix == ".jsonl":
-        try:
-            samples = [json.loads(line) for line in content.splitlines() if line.strip()]
-        except json.JSONDecodeError:
+        samples = _samples(content, path, ("text",))
+        if samples is None:
             return None
-        if not samples or not all(isinstance(sample, dict) and isinstance(sample.get("text"), str) for sample in samples):
-            return None
-        content = "\n\n".join(sample["text"] for sample in samples)
+        content = "\n\n".join(text for (text,) in samples)
     if not content.strip():
         raise DataError("the calibration text is empty", where=str(path), hint="give some paragraphs of text")
     return content
@@ -46,15 +43,36 @@ def pairs(path: Path) -> list[tuple[str, str]] | None:
     if path.suffix != ".jsonl" or not path.is_file():
         return None
     try:
-        samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
         return None
-    if not samples or not all(isinstance(sample, dict) and {"prompt", "response"} <= sample.keys() for sample in samples):
+    samples = _samples(content, path, ("prompt", "response"))
+    return None if samples is None else [(prompt, response) for prompt, response in samples]
+
+
+def _samples(content: str, path: Path, keys: tuple[str, ...]) -> list[tuple[str, ...]] | None:
+    """The texts under some keys in each line of JSON; ``None`` where no line has them all.
+
+    Raises:
+        DataError: Some lines have them and one has not, or has no text there.
+    """
+    try:
+        lines = [(number, json.loads(line)) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    except json.JSONDecodeError:
         return None
-    for number, sample in enumerate(samples, 1):
-        if not all(isinstance(sample[key], str) for key in ("prompt", "response")) or not sample["response"]:
-            raise DataError("`prompt` and `response` must be texts, the response not empty", where=f"{path}:{number}", hint="mend the line")
-    return [(sample["prompt"], sample["response"]) for sample in samples]
+    if not any(isinstance(sample, dict) and all(isinstance(sample.get(key), str) for key in keys) for _, sample in lines):
+        return None
+    for number, sample in lines:
+        found = sample if isinstance(sample, dict) else {}
+        missing = next((key for key in keys if key not in found), None)
+        if missing is not None:
+            said = f"the sample has no `{missing}`, as others have; it has {', '.join(found) or 'no keys'}"
+            raise DataError(said, where=f"{path}:{number}", hint="mend the line")
+        # What a model is to say must be there; what it is asked, or a sample of plain text, may be empty.
+        if not all(isinstance(found[key], str) for key in keys) or ("response" in keys and not found["response"]):
+            wanted = "`prompt` and `response` must be texts, the response not empty" if len(keys) > 1 else f"`{keys[0]}` must be a text"
+            raise DataError(wanted, where=f"{path}:{number}", hint="mend the line")
+    return [tuple(sample[key] for key in keys) for _, sample in lines]
 
 
 def masked(tokenizer: Any, samples: list[tuple[str, str]], length: int) -> list[tuple[list[int], list[int]]]:

@@ -176,6 +176,7 @@ class Task(Fact):
         positions: Batch to a boolean tensor over the leading axes of the first output: what counts in the
             loss. ``None``, also as a result, where all do.
         read: Fresh batches from another file, as the loader reads calibration data.
+        said: What reading files had to say, one sentence each; ``read`` adds to it.
         seed: Seed of everything random.
         tokenizer: What turns text into the model's tokens; an exported decoder gets a copy beside it.
     """
@@ -187,6 +188,7 @@ class Task(Fact):
     evaluate: Callable[[Callable[..., Any]], dict[str, float]] | None = None
     positions: Callable[[Any], Any] | None = None
     read: Callable[[Path], Callable[[], Iterable[Any]]] | None = None
+    said: list[str] = field(default_factory=list, compare=False)
     seed: int = 0
     tokenizer: Any = field(default=None, repr=False, compare=False)
     lasting: ClassVar[bool] = True

@@ -15,6 +15,7 @@ import torch
 import transformers
 from tokenizers import models, pre_tokenizers, trainers
 
+from irprune import api
 from irprune.errors import DataError, IrpruneError, OptionError, TargetError
 from irprune.frontend import text
 from irprune.frontend.hf_checkpoint import Checkpoint
@@ -368,6 +369,15 @@ def test_token_indices_of_a_file(llama: str, tmp_path: Path) -> None:
         ("short.txt", b"Hello", "tokens, too few for two windows of 62"),
         ("latin.txt", b"caf\xe9", "not a text in UTF-8: "),
         ("ids.jsonl", b'{"tokens": [1, 2]}', "the file has no 'input_ids'; it has tokens"),
+        ("alpaca.jsonl", b'{"instruction": "a", "n": 1, "output": "b"}', "the samples hold text under instruction, output"),
+        (
+            "asked.jsonl",
+            b'{"prompt": "a", "response": "b"}\n\n{"promt": "a"}',
+            "no `prompt`, as others have; it has promt",
+        ),
+        ("empty.jsonl", b'{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": ""}', "the response not empty"),
+        ("told.jsonl", b'{"text": "a"}\n{"txt": "a"}', "no `text`, as others have; it has txt"),
+        ("number.jsonl", b'{"text": "a"}\n{"text": 1}', "`text` must be a text"),
     ],
 )
 def test_bad_text(llama: str, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -377,6 +387,8 @@ def test_bad_text(llama: str, tmp_path: Path, name: str, content: bytes | None, 
     assert isinstance(error, DataError)
     assert message in error.message
     assert error.hint
+    if "as others have" in message:
+        assert error.where == f"{tmp_path / name}:{len((content or b'').splitlines())}"
 
 
 def test_prompts_do_not_count(llama: str, tmp_path: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
@@ -403,6 +415,26 @@ def test_prompts_do_not_count(llama: str, tmp_path: Path, tokenizer: transformer
     logits = torch.randn(*batch["labels"].shape, 512, generator=torch.Generator().manual_seed(0))
     each = torch.nn.functional.cross_entropy(logits[counts], batch["labels"].roll(-1, 1)[counts])
     torch.testing.assert_close(task.loss(logits, batch), each)
+
+
+def test_samples_that_are_left_out_are_counted(llama: str, tmp_path: Path) -> None:
+    lines = [{"prompt": "A" * size, "response": "x"} for size in (2, 500, 3, 600)]
+    for name, chosen in (("train", lines), ("long", lines[1::2])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)), encoding="utf-8")
+    note = "2 of 4 samples of train.jsonl are left out: their prompts fill sequence=24 tokens; raise it with --set sequence"
+    program, task = loaded(llama, calibration=str(tmp_path / "train.jsonl"), sequence=24)
+    assert note in program.interface.notes
+    _, task = loaded(llama, sequence=24)
+    assert task.said == []
+    assert task.read is not None
+    task.read(tmp_path / "train.jsonl")
+    assert task.said == [note]
+    with pytest.raises(DataError, match="no response begins within sequence=24 tokens") as caught:
+        task.read(tmp_path / "long.jsonl")
+    assert caught.value.hint == "raise it with --set sequence"
+    passes = f"lora{{r=2}},recover{{data={tmp_path / 'train.jsonl'} epochs=1 held_out=0}}"
+    out = api.run(llama, passes, out=tmp_path / "out", sequence=24)
+    assert note in out.manifest.notes
 
 
 def test_a_response_ends_with_the_end_of_text() -> None:

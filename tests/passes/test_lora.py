@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from irprune_passes.lora import Lora, Merge, SaveLora
 from irprune_passes.lora.adapters import adapters
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from irprune.analysis.groups import discover
@@ -265,8 +266,25 @@ def test_what_cannot_be_done_says_so(tmp_path: Path) -> None:
         Lora(load=tmp_path).run(plain, Facts())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(
+            ({"load": "DIR", **one}, rf"`{next(iter(one))}` .* does nothing with `load`")
+            for one in ({"r": 4}, {"alpha": 8}, {"dropout": 0.1}, {"targets": "up"}, {"kinds": "conv"}, {"rslora": True}, {"seed": 1})
+        ),
+        ({"load": "DIR", "init": "gaussian"}, r"`init` .* does nothing with `load`"),
+        ({"targets": "up", "kinds": "linear"}, r"`kinds` .* does nothing with `targets`"),
+        ({"alpha": float("inf")}, "finite number"),
+    ],
+)
+def test_options_that_do_nothing_or_are_not_finite(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Lora(**options)
+
+
 def test_saved_adapters_are_loaded(tmp_path: Path) -> None:
-    tuned = trained(Lora(r=2, kinds=("linear", "embedding"), targets=("embed", "twice")).run(words(), Facts()).program)
+    tuned = trained(Lora(r=2, targets=("embed", "twice")).run(words(), Facts()).program)
     SaveLora().run(tuned, Facts([Workspace(tmp_path)]))
     loaded = Lora(load=tmp_path).run(words(), Facts()).program
     torch.testing.assert_close(outputs(loaded), outputs(tuned))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import fx
 
 from irprune.analysis.plan import modules_of
@@ -19,6 +19,7 @@ from irprune.ir.facts import Fact, Task
 from irprune.ir.program import Program
 from irprune.pipeline.passes import Facts, Pass, Result
 from irprune.pipeline.registry import suggestion
+from irprune_passes.given import refuse_void
 from irprune_passes.lora import peft
 from irprune_passes.lora.adapters import Site, adapters, attach, home, scaling, sites
 
@@ -54,7 +55,7 @@ class Lora(Pass):
     changes: ClassVar[bool] = True
 
     r: int = Field(8, ge=1, description="Rank; of each group for a grouped convolution.")
-    alpha: float = Field(16.0, gt=0, description="The adapter's output is multiplied by alpha / r.")
+    alpha: float = Field(16.0, gt=0, allow_inf_nan=False, description="The adapter's output is multiplied by alpha / r.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Part of an adapter's input that is dropped in training; not for embeddings.")
     targets: Names = Field((), description="Weights or modules, as patterns: `*.q_proj`, `*.mlp`. Empty: all of the chosen kinds.")
     kinds: Annotated[tuple[Kind, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = Field(
@@ -66,6 +67,14 @@ class Lora(Pass):
     )
     load: Path | None = Field(None, description="A directory in PEFT's format: its adapters, with its rank and scale, instead of new ones.")
     seed: int | None = Field(None, ge=0, description="Seed of the random factors; none: that of the run.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Lora:
+        if self.load is not None:
+            reason = "`load`, which brings its own"
+            refuse_void(self, {name: reason for name in type(self).model_fields if name != "load"})
+        refuse_void(self, {"kinds": "`targets`, which says what gets adapters" if self.targets else None})
+        return self
 
     def run(self, program: Program, facts: Facts) -> Result:
         if adapters(program):

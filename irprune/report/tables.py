@@ -89,6 +89,7 @@ def run_lines(of: Manifest) -> Iterator[str]:
             found = f"numbers within {numbers.max_abs_err:.2g} (allowed {numbers.tolerance:.2g})"
             ties = (numbers.model_extra or {}).get("ties")
             found += f", {ties} choices among equals taken over" if ties else ""
+            found += ", compared in float64" if (numbers.model_extra or {}).get("float64") else ""
         yield f"proven: shapes, interface, {found}"
     elif of.prune is not None:
         yield "not proven: the proof was switched off"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from nets import Net, masks, net, tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from irprune.analysis.groups import discover
 from irprune.backend.proof import Settled, prove
 from irprune.backend.rewrite import remove
 from irprune.errors import ProofError
 from irprune.frontend.export import trace
-from irprune.ir.program import Program
+from irprune.ir.program import Program, set_tensor
 from irprune.rules.infer import typed
 
 
@@ -74,3 +75,22 @@ def test_a_choice_is_taken_over_where_the_numbers_are_equal() -> None:
     run = Settled(program, {name: torch.tensor([[2, 0], [1, 3]])}, 1e-6)
     assert run.run(x, enable_io_processing=False)[0].tolist() == [[2, 0], [1, 3]]
     assert run.ties == 2
+
+
+def test_what_rounding_makes_large_is_compared_in_float64() -> None:
+    """A steep function turns the other order of a sum into a difference that no tolerance of single precision allows."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 32), nn.Tanh()).eval()
+    with torch.no_grad():
+        model[2].weight.mul_(3e4)
+    program = typed(trace(model, (torch.randn(512, 64),)))
+    (group,) = discover(program).prunable
+    keep = {group.var: np.random.default_rng(0).permutation(group.size) >= 80}
+    after = remove(program, keep)
+    numbers = prove(program, after, keep)["numbers"]
+    assert numbers["float64"]
+    assert numbers["max_abs_err"] <= numbers["tolerance"] == 1e-9
+    wrong = after.clone()
+    set_tensor(wrong.module, "2.bias", after.tensors["2.bias"] + 0.1)
+    with pytest.raises(ProofError, match="differs from the masked original"):
+        prove(program, typed(wrong.clone()), keep)

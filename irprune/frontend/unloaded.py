@@ -36,7 +36,8 @@ class _Reading(TorchFunctionMode):
         self._wide = wide
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
-        asked = getattr(getattr(func, "__self__", None), "__name__", "") if getattr(func, "__name__", "") == "__get__" else func.__name__
+        name = getattr(func, "__name__", "")
+        asked = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
         first = args[0] if args else None
         if id(first) in self._names and isinstance(first, torch.Tensor):
             if asked in ("device", "is_meta", "dtype"):

@@ -483,7 +483,7 @@ def _spread(values: Sequence[float], form: str) -> str:
     if not values:
         return ""
     mean = statistics.fmean(values)
-    return f"{mean:{form}}" + (f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else "")
+    return f"{mean:{form}}" + (f" ({min(values):{form}} to {max(values):{form}})" if max(values) > min(values) else "")
 
 
 def _known(path: Path, cell: Cell) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from irprune.analysis.cost import hints
 from irprune.backend.rewrite import Shrink, shape_of
 from irprune.errors import ProofError
 from irprune.ir.dims import Mask, Size, Var, as_size
-from irprune.ir.fake import describing, mode_of
+from irprune.ir.fake import described_on, describing, mode_of
 from irprune.ir.program import Event, Program, Runner, location
 from irprune.rules.registry import bind, op_name, registry
 
@@ -384,7 +384,7 @@ def fake_values(program: Program) -> dict[str, Any]:
     args, kwargs = program.interface.example
     given = flat_inputs(program, args, kwargs)
     with FakeTensorMode() as mode:
-        flat = [mode.from_tensor(one).to(_home(program, one)) if isinstance(one, torch.Tensor) else one for one in given]
+        flat = [mode.from_tensor(one).to(described_on(program, one)) if isinstance(one, torch.Tensor) else one for one in given]
         try:
             return _run_nodes(program, flat)
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -394,11 +394,6 @@ def fake_values(program: Program) -> dict[str, Any]:
     placeholders = [node.meta.get("val") for node in program.nodes if node.op == "placeholder"]
     with describing(mode_of(program.nodes)), enable_python_dispatcher():
         return _run_nodes(program, placeholders)
-
-
-def _home(program: Program, value: torch.Tensor) -> torch.device:
-    """Where an input or weight is described: all are on the meta device where weights lie in files, though some may be in memory."""
-    return value.device if program.source is None else torch.device("meta")
 
 
 def _run_nodes(program: Program, flat: list[Any], real: bool = False) -> dict[str, Any]:
@@ -411,7 +406,7 @@ def _run_nodes(program: Program, flat: list[Any], real: bool = False) -> dict[st
                 values[node.name] = next(inputs)
             elif node.op == "get_attr":
                 tensor = program.tensors[str(node.target)]
-                values[node.name] = tensor if real else torch.empty(tensor.shape, dtype=tensor.dtype, device=_home(program, tensor))
+                values[node.name] = tensor if real else torch.empty(tensor.shape, dtype=tensor.dtype, device=described_on(program, tensor))
             elif node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: values[n.name])
                 try:

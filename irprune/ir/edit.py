@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from irprune.ir.fake import describing, mode_of
+from irprune.ir.fake import described_on, describing, mode_of
 from irprune.ir.program import Program, writes
 
 
@@ -28,10 +28,8 @@ class Editor:
         """Register a parameter (or, for a plain tensor, a buffer) and give its node, at the place of insertion."""
         place(self._program.module, name, value)
         node = self.graph.get_attr(name)
-        # Where weights lie in files, all values are described on the meta device.
-        device = value.device if self._program.source is None else torch.device("meta")
         with describing(self._mode):
-            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=device)
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=described_on(self._program, value))
         return node
 
     def call(self, target: Any, *args: Any, like: fx.Node | None = None) -> fx.Node:

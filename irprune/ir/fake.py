@@ -10,11 +10,18 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from irprune.ir.program import Program
+
 
 def mode_of(nodes: Iterable[fx.Node]) -> FakeTensorMode | None:
     """The mode of the nodes' values; ``None`` where they are described on the meta device."""
     values = (value for node in nodes for value in pytree.tree_leaves(node.meta.get("val")))
     return next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
+
+
+def described_on(program: Program, value: torch.Tensor) -> torch.device:
+    """Where an input or weight is described: all are on the meta device where weights lie in files, though some may be in memory."""
+    return value.device if program.source is None else torch.device("meta")
 
 
 @contextlib.contextmanager

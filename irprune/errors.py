@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 
-def said(error: BaseException) -> str:
+def wording(error: BaseException) -> str:
     """The first line of what a library's error says; its type where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

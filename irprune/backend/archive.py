@@ -32,7 +32,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.fx.graph import _PyTreeCodeGen
 from torch.utils import _pytree as pytree
 
-from irprune.errors import DataError, ParityError, said
+from irprune.errors import DataError, ParityError, wording
 from irprune.ir.fake import mode_of
 from irprune.ir.program import Program, copied
 from irprune.pipeline.files import atomic
@@ -172,7 +172,7 @@ def load_pt2(path: str | os.PathLike[str]) -> ExportedProgram:
             raise DataError("the archive holds pickled objects, which are not read", where=str(path), hint=hint)
         return torch.export.load(str(path))
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, KeyError, ValueError, RuntimeError) as error:
-        raise DataError(f"the archive cannot be read: {said(error)}", where=str(path), hint=hint) from error
+        raise DataError(f"the archive cannot be read: {wording(error)}", where=str(path), hint=hint) from error
 
 
 class _Sink(io.RawIOBase):

@@ -22,7 +22,7 @@ from irprune.backend import hf_config, hf_resize
 from irprune.backend.hf_config import Place, Sizes, Unfit
 from irprune.backend.hf_resize import KEY, REFERENCE, TOLERANCE, Resizing
 from irprune.backend.proof import difference
-from irprune.errors import ExportError, IrpruneError, ParityError, said
+from irprune.errors import ExportError, IrpruneError, ParityError, wording
 from irprune.ir.facts import Note, Pretrained
 from irprune.ir.program import Program
 from irprune.pipeline.files import PART, checksum, flush, readable, remove, unwritable
@@ -436,7 +436,9 @@ class Work:
             raise
         except Exception as error:  # the library's own, whatever it raises
             hint = "write model.pt2 or ONNX instead"
-            raise ExportError(f"what was written as {self.name} cannot be loaded: {said(error)}", where=str(folder), hint=hint) from error
+            raise ExportError(
+                f"what was written as {self.name} cannot be loaded: {wording(error)}", where=str(folder), hint=hint
+            ) from error
 
     def differs(self, model: Any) -> str | None:
         """Which output is not the program's; ``None`` where all are."""
@@ -445,7 +447,7 @@ class Work:
                 if not relative <= tolerance:
                     return f"with these sizes output {name} differs from the program's by {error:.3g}, more than rounding explains"
         except Exception as error:  # a model of wrong sizes may raise anything
-            return f"with these sizes the model fails: {said(error)}"
+            return f"with these sizes the model fails: {wording(error)}"
         return None
 
     def check(self, model: Any, folder: Path) -> tuple[float, float]:

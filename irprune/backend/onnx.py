@@ -25,7 +25,7 @@ import irprune
 from irprune.backend.archive import to_exported
 from irprune.backend.onnx_ops import as_it_is, divided, quick_rules, renamed, translations
 from irprune.backend.real_pairs import in_real_pairs
-from irprune.errors import ExportError, IrpruneError, said
+from irprune.errors import ExportError, IrpruneError, wording
 from irprune.ir.facts import Note
 from irprune.ir.fake import mode_of
 from irprune.ir.program import Program, copied, location
@@ -253,7 +253,7 @@ def write(model: onnx_ir.Model, path: Path, *, external_data: bool | Literal["au
         try:
             onnx.checker.check_model(str(part), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ExportError(f"the exported model is not valid ONNX: {said(error)}", hint=_HINT) from error
+            raise ExportError(f"the exported model is not valid ONNX: {wording(error)}", hint=_HINT) from error
         sizes = {file.name: file.stat().st_size for file in part.parent.iterdir()}
     external = tuple(name for name in sizes if name != path.name)
     if not external:
@@ -419,10 +419,10 @@ def _failure(error: Exception) -> ExportError:
         cause = cause.__cause__
     node = _node_at_work(cause) or _node_at_work(error)
     if node is None:
-        return ExportError(f"the program cannot be expressed in ONNX: {said(cause)}", hint=_HINT)
+        return ExportError(f"the program cannot be expressed in ONNX: {wording(cause)}", hint=_HINT)
     operation = f"operation '{getattr(node.target, 'overloadpacket', node.target)}'"
     where = f"%{node.name} ({location(node) or 'line unknown'})"
-    return ExportError(f"{operation} cannot be expressed in ONNX: {said(cause)}", where=where, hint=_HINT)
+    return ExportError(f"{operation} cannot be expressed in ONNX: {wording(cause)}", where=where, hint=_HINT)
 
 
 def _node_at_work(error: BaseException) -> fx.Node | None:

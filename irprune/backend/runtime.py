@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from irprune.backend.onnx import Call, Signature
 from irprune.backend.proof import Double
 from irprune.backend.timing import Latency, sampled
-from irprune.errors import DataError, ExportError, IrpruneError, ParityError, said
+from irprune.errors import DataError, ExportError, IrpruneError, ParityError, wording
 from irprune.ir.program import Interface, Program
 from irprune.pipeline.progress import track
 
@@ -165,7 +165,7 @@ class Session:
             except Exception as error:
                 shapes = ", ".join(f"{name} {_ONNX_NAME[tensor.dtype]}{list(tensor.shape)}" for name, tensor in held.items())
                 raise DataError(
-                    f"onnxruntime cannot run the model on {shapes}: {said(error)}",
+                    f"onnxruntime cannot run the model on {shapes}: {wording(error)}",
                     where=str(self.path),
                     hint="give the example's sizes on all axes that are not dynamic",
                 ) from error
@@ -233,7 +233,7 @@ def _unloadable(path: Path, error: Exception) -> IrpruneError:
     hint = "give the model in float32 (model.float()), or validate where onnxruntime has a CUDA provider"
     if "NOT_IMPLEMENTED" not in str(error) and "Could not find an implementation" not in str(error):
         hint = "export again with another opset, or with optimize=false"
-    return ExportError(f"onnxruntime cannot load the file: {said(error)}", where=str(path), hint=hint)
+    return ExportError(f"onnxruntime cannot load the file: {wording(error)}", where=str(path), hint=hint)
 
 
 # -- inputs -----------------------------------------------------------------------------------------
@@ -397,7 +397,7 @@ def _cases(program: Program, batch: Sequence[int], draw: Callable[[Mapping[str, 
             except Exception as error:  # whatever the model raises where a size does not suit it
                 failure = failure or error
         raise DataError(
-            f"the program cannot run on random inputs like its example: {said(failure or RuntimeError('no size'))}",
+            f"the program cannot run on random inputs like its example: {wording(failure or RuntimeError('no size'))}",
             where=_sizes(sizes),
             hint="give example inputs that are typical, or declare the axis static in dynamic_axes()",
         ) from failure

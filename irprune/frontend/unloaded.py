@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from irprune.backend.hf_resize import pick
 from irprune.backend.proof import Run, flat_inputs, wide_inputs, widened
-from irprune.errors import said
+from irprune.errors import wording
 from irprune.frontend.export import not_faithful, same_values
 from irprune.ir.program import Program
 
@@ -85,7 +85,7 @@ def check(model: nn.Module, program: Program) -> str | None:
                 outputs = model(*given[0], **given[1])
             expected = [pick(outputs, name) for name in program.interface.outputs]
         except Exception as error:  # code that needs more of a weight than an operation's operand
-            return f"the trace was not compared with the model, which did not run on weights in files: {said(error)}"
+            return f"the trace was not compared with the model, which did not run on weights in files: {wording(error)}"
         torch.manual_seed(0)
         found = pytree.tree_leaves(Run(program, wide).run(*flat, enable_io_processing=False))
     for name, want, got in zip(program.interface.outputs, expected, found, strict=True):
